@@ -1,0 +1,1 @@
+"""`python -m convert`: not in this version; see CHANGELOG.md."""

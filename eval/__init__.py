@@ -1,0 +1,1 @@
+"""`python -m eval`: not in this version; see CHANGELOG.md."""

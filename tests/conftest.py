@@ -1,0 +1,53 @@
+"""Fixtures that know what this machine has: the only place where a test learns that something is missing."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Larger test material that lies beside the checkout on the project's own machines."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "vectors").is_dir():
+        pytest.skip("the project's shared test material is not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The bundled EXL2 demo model."""
+    return ROOT / "exl_runtime" / "demo"
+
+
+@pytest.fixture(scope="session")
+def ember() -> Path:
+    """The demo model in half precision, as it was before quantization."""
+    return ROOT / "tests" / "data" / "ember-6m"
+
+
+def unavailable(backend: str) -> str | None:
+    """None if `backend` runs here, else why not."""
+    if backend == "reference":
+        return None
+    if backend == "cuda":
+        return "no CUDA backend in this version"
+    from exl_runtime.ops import native
+
+    return native.available()
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that this machine can run, one after another."""
+    if why := unavailable(request.param):
+        pytest.skip(why)
+    return request.param
