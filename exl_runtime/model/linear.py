@@ -1,0 +1,25 @@
+"""A linear layer as the model uses it: a kernel for the stored matrix, and the bias around it."""
+
+from torch import Tensor
+
+from ..ops.linear.base import LinearKernel
+
+
+class Linear:
+    """y = x @ W + b. x (..., in_features) -> (..., out_features), dtype of x."""
+
+    __slots__ = ("bias", "kernel")
+
+    def __init__(self, kernel: LinearKernel, bias: Tensor | None = None) -> None:
+        self.kernel = kernel
+        self.bias = bias  # (out_features,) or None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.kernel(x)
+        return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory by the kernel and the bias."""
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return self.kernel.storage_bytes + bias

@@ -1,0 +1,25 @@
+"""The gated MLP of a dense layer, and of one expert."""
+
+from torch import Tensor
+
+from ..ops.table import OpSet
+from .linear import Linear
+
+
+class Mlp:
+    """down(act(gate(x)) * up(x)); x (T, hidden) -> (T, hidden)."""
+
+    def __init__(self, *, gate: Linear, up: Linear, down: Linear, activation: str, ops: OpSet) -> None:
+        self.gate = gate
+        self.up = up
+        self.down = down
+        self.activation = activation
+        self._gated = ops.gated
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self._gated(self.gate(x), self.up(x), self.activation))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer inside."""
+        return (self.gate, self.up, self.down)

@@ -1,0 +1,105 @@
+"""Where a model runs and how long a context fits beside it: the memory model behind `exl info` and `context="auto"`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..cache.geometry import PAGE_SIZE, CacheGeometry, free_memory
+from ..config.spec import ModelSpec, MoeSpec
+from ..errors import BackendUnavailable, OutOfMemory, UsageError
+
+CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PREFILL_TOKENS = 512  # tokens of one forward pass at the most; sizes the working memory
+RESERVE = 512 << 20  # left to the system and to the Python process
+SHARE = 0.8  # of what is free after the weights, for the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes a loaded model takes, by purpose, for `context` tokens of cache."""
+
+    context: int
+    weight_bytes: int
+    cache_bytes: int
+    working_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.working_bytes
+
+
+def resolve_device(requested: str) -> torch.device:
+    """"auto" | "cpu" | "cuda" | "cuda:1" -> a device that exists. Raises UsageError / BackendUnavailable."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError as err:
+        raise UsageError(f"unknown device {requested!r}", hint="use auto, cpu, cuda or cuda:N") from err
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {requested!r} is not supported", hint="use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendUnavailable("no CUDA device is usable here", hint="`exl doctor` says why; --device cpu works")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise BackendUnavailable(f"{requested}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_cache_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """ "auto" | "fp32" | "fp16" | "bf16". auto is exact on the CPU (fp32) and half precision on a GPU."""
+    if requested == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if requested not in CACHE_DTYPES:
+        raise UsageError(f"unknown cache type {requested!r}", hint="use auto, fp32, fp16 or bf16")
+    return CACHE_DTYPES[requested]
+
+
+def cache_name(dtype: torch.dtype) -> str:
+    """The name users know a cache dtype by."""
+    return next(name for name, known in CACHE_DTYPES.items() if known == dtype)
+
+
+def geometry_of(spec: ModelSpec, dtype: torch.dtype) -> CacheGeometry:
+    """The shape of one page of keys and values of this model."""
+    return CacheGeometry(layers=len(spec.layers), kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype)
+
+
+def working_bytes(spec: ModelSpec, tokens: int = PREFILL_TOKENS) -> int:
+    """Upper estimate of the activations of one forward pass over `tokens` tokens, float32."""
+    inner = max(
+        layer.mlp.intermediate_size * (layer.mlp.experts_per_token if isinstance(layer.mlp, MoeSpec) else 1)
+        for layer in spec.layers
+    )
+    per_token = 4 * spec.hidden_size + 3 * inner + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    return 4 * (tokens * per_token + 16 * spec.vocab_size)
+
+
+def plan(spec: ModelSpec, *, context: int, weight_bytes: int, dtype: torch.dtype) -> MemoryPlan:
+    """What a context of `context` tokens costs beside `weight_bytes` of weights."""
+    geometry = geometry_of(spec, dtype)
+    # One page more than the context: a shared page is copied before a second sequence writes to it.
+    pages = geometry.pages_for(context) + 1
+    return MemoryPlan(
+        context=context,
+        weight_bytes=weight_bytes,
+        cache_bytes=pages * geometry.bytes_per_page,
+        working_bytes=working_bytes(spec),
+    )
+
+
+def auto_context(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> int:
+    """The longest context, up to the model's own, whose cache fits into the memory that is free now.
+
+    Call after the weights are loaded. Raises OutOfMemory when not even one page fits.
+    """
+    geometry = geometry_of(spec, dtype)
+    free = free_memory(device) - working_bytes(spec) - min(RESERVE, free_memory(device) // 4)
+    pages = int(free * SHARE) // geometry.bytes_per_page - 1
+    if pages < 1:
+        raise OutOfMemory(
+            f"{free_memory(device) / 2**30:.1f} GiB are free on {device}: too little for a cache page of "
+            f"{geometry.bytes_per_page / 2**20:.0f} MiB",
+            hint="close other programs, or choose --cache fp16",
+        )
+    return min(spec.context_length, pages * PAGE_SIZE)

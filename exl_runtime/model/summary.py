@@ -1,0 +1,166 @@
+"""`exl info`: what a model folder holds, read from headers alone. Loads no weights."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..cache.geometry import free_memory
+from ..checkpoint.reader import Checkpoint
+from ..config.names import Source
+from ..config.read import load_config
+from ..config.resolve import resolve
+from ..config.spec import MlpSpec, ModelSpec
+from .placement import cache_name, plan, resolve_cache_dtype
+
+MARKERS = {"q_weight": "exl2", "qweight": "gptq", "weight": "dense"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindSummary:
+    """All matrices of one kind (attention, mlp, ...): how many, how large, stored how."""
+
+    kind: str
+    matrices: int
+    weights: int
+    bits_per_weight: float
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """Sizes in bytes, lengths in tokens. `bits_per_weight` counts the decoder layers, as EXL2 names do."""
+
+    name: str
+    path: str
+    architecture: str
+    format: str
+    parameters: int
+    bits_per_weight: float
+    file_bytes: int
+    weight_bytes: int
+    kinds: tuple[KindSummary, ...]
+    context_length: int
+    context: int
+    cache_dtype: str
+    cache_bytes: int
+    working_bytes: int
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(slots=True)
+class _Tally:
+    matrices: int = 0
+    weights: int = 0
+    bits: float = 0.0
+
+
+def summarize(
+    folder: Path | str, context: int | None = None, *, cache: str = "auto", device: str = "cpu"
+) -> ModelSummary:
+    """Describe the model in `folder`, and the memory a context of `context` tokens (default: the model's own) takes.
+
+    Raises ConfigError, UnsupportedModel or CheckpointError like loading would.
+    """
+    folder = Path(folder)
+    files = load_config(folder)
+    spec = resolve(files.config, files.generation)
+    where = torch.device(device)
+    dtype = resolve_cache_dtype(cache, where)
+    with Checkpoint.open(folder) as checkpoint:
+        tallies, formats = _tally(checkpoint, spec)
+        file_bytes = checkpoint.total_bytes
+    inside = [tally for kind, tally in tallies.items() if kind not in ("embedding", "head")]
+    weight_bytes = int(sum(tally.bits for tally in tallies.values()) / 8)
+    needed = plan(spec, context=context or spec.context_length, weight_bytes=weight_bytes, dtype=dtype)
+    return ModelSummary(
+        name=folder.resolve().name,
+        path=str(folder),
+        architecture=spec.architecture,
+        format=dominant(formats),
+        parameters=sum(tally.weights for tally in tallies.values()),
+        bits_per_weight=sum(tally.bits for tally in inside) / max(1, sum(tally.weights for tally in inside)),
+        file_bytes=file_bytes,
+        weight_bytes=weight_bytes,
+        kinds=tuple(
+            KindSummary(
+                kind=kind,
+                matrices=tally.matrices,
+                weights=tally.weights,
+                bits_per_weight=tally.bits / max(1, tally.weights),
+                formats=tuple(sorted(formats[kind])),
+            )
+            for kind, tally in tallies.items()
+        ),
+        context_length=spec.context_length,
+        context=needed.context,
+        cache_dtype=cache_name(dtype),
+        cache_bytes=needed.cache_bytes,
+        working_bytes=needed.working_bytes,
+        total_bytes=needed.total_bytes,
+        free_bytes=free_memory(where),
+    )
+
+
+def dominant(formats: dict[str, set[str]]) -> str:
+    """One word for the model: its quantized format if it has one, else "dense"; "exl2+gptq" for a mixture."""
+    quantized = sorted(set().union(*formats.values()) - {"dense"})
+    return "+".join(quantized) or "dense"
+
+
+def _tally(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, _Tally], dict[str, set[str]]]:
+    tallies: dict[str, _Tally] = defaultdict(_Tally)
+    formats: dict[str, set[str]] = defaultdict(set)
+
+    def count(kind: str, sources: tuple[Source, ...], weights: int) -> None:
+        found = _stored(checkpoint, sources)
+        if found is None:
+            return
+        bits, name = found
+        tallies[kind].matrices += 1
+        tallies[kind].weights += weights
+        tallies[kind].bits += bits
+        formats[kind].add(name)
+
+    def paths(candidates: tuple[str, ...]) -> tuple[Source, ...]:
+        return tuple(Source(path=path) for path in candidates)
+
+    names, hidden = spec.names, spec.hidden_size
+    count("embedding", paths(names.embedding), spec.vocab_size * hidden)
+    for layer in spec.layers:
+        i = layer.index
+        for part, heads in (("q_proj", spec.heads), ("k_proj", spec.kv_heads), ("v_proj", spec.kv_heads)):
+            count("attention", names.linear(i, part), hidden * heads * spec.head_dim)
+        count("attention", names.linear(i, "o_proj"), hidden * spec.heads * spec.head_dim)
+        inner = layer.mlp.intermediate_size
+        if isinstance(layer.mlp, MlpSpec):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                count("mlp", names.linear(i, part), hidden * inner)
+            continue
+        count("router", names.router(i), hidden * layer.mlp.experts)
+        for expert in range(layer.mlp.experts):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                count("experts", names.expert_linear(i, expert, part), hidden * inner)
+    count("head", paths(names.head), spec.vocab_size * hidden)
+    return dict(tallies), dict(formats)
+
+
+def _stored(checkpoint: Checkpoint, sources: tuple[Source, ...]) -> tuple[float, str] | None:
+    """(bits on disk without the bias, format name) of the first source that exists; a slice counts its share."""
+    for source in sources:
+        if source.expert is not None:
+            if checkpoint.has(source.path):
+                info = checkpoint.info(source.path)
+                share = 1.0 if source.start is None else (source.stop - source.start) / source.total
+                return (info.stop - info.start) * 8 / info.shape[0] * share, "dense"
+            continue
+        suffixes = checkpoint.suffixes(source.path)
+        name = next((name for marker, name in MARKERS.items() if marker in suffixes), None)
+        if name is None:
+            continue
+        infos = [checkpoint.info(f"{source.path}.{suffix}") for suffix in suffixes if suffix != "bias"]
+        share = 1.0 if source.start is None else (source.stop - source.start) / source.total
+        return sum(info.stop - info.start for info in infos) * 8 * share, name
+    return None

@@ -1,0 +1,130 @@
+"""The one Transformer: what it computes is said by a `ModelSpec`, how fast by the kernels it was built with.
+
+Knows nothing of text, requests or sampling; keys and values live in pages that somebody else hands out.
+"""
+
+import torch
+from torch import Tensor
+
+from ..cache.storage import KVStorage
+from ..config.spec import ModelSpec, RopeSpec
+from ..errors import NonFiniteError
+from ..ops.rope import cos_sin, frequencies
+from ..ops.table import OpSet
+from .batch import ForwardBatch
+from .block import Block
+from .embedding import Embedding
+from .linear import Linear
+
+
+class Transformer:
+    """Built by `loader.load_transformer`. Not thread-safe: one forward pass at a time."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        embedding: Embedding,
+        blocks: list[Block],
+        final_norm: Tensor,
+        head: Linear,
+        ops: OpSet,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        self.spec = spec
+        self.embedding = embedding
+        self.blocks = blocks
+        self.final_norm = final_norm
+        self.head = head
+        self.ops = ops
+        self.device = device
+        self.dtype = dtype
+        self.backend = backend
+        self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers))  # distinct ropes, in order
+        self._frequencies: dict[tuple[RopeSpec, int], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as held in memory."""
+        linears = [self.head, *(linear for block in self.blocks for linear in block.linears)]
+        return self.embedding.nbytes + sum(linear.nbytes for linear in linears)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVStorage) -> Tensor:
+        """Run the new tokens of `batch`, write their keys and values into `kv`, return float32 logits (L, vocab).
+
+        Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
+        is not finite.
+        """
+        logits = self._run(batch, kv, check=False)
+        # One reduction instead of a mask: a sum is finite only if every term is (no overflow at logit sizes).
+        if not torch.isfinite(logits.sum(dtype=torch.float64)):
+            self._run(batch, kv, check=True)
+            raise NonFiniteError("the logits contain NaN or infinity", hint="the output head or its scales are damaged")
+        return logits
+
+    def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
+        spec = self.spec
+        x = self.embedding(batch.tokens)
+        if check:
+            require_finite(x, "the token embedding")
+        ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
+        for block in self.blocks:
+            x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
+            if check:
+                require_finite(x, f"layer {block.layer.index}")
+        if batch.logit_rows.numel() != x.shape[0]:
+            x = x.index_select(0, batch.logit_rows)
+        x = self.ops.rms_norm(x, self.final_norm, spec.norm_eps, spec.norm_weight_offset)
+        logits = self.head(x).float()
+        if spec.logit_scale != 1.0:
+            logits.mul_(spec.logit_scale)
+        if spec.logit_softcap is not None:
+            logits.div_(spec.logit_softcap).tanh_().mul_(spec.logit_softcap)
+        return logits
+
+    def _cos_sin(self, rope: RopeSpec, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        lengths = [rope.effective_length(planned) for planned in batch.rope_lengths]
+        if len(set(lengths)) <= 1:
+            inv_freq = self._inv_freq(rope, lengths[0] if lengths else 0)
+            return cos_sin(inv_freq, batch.positions, rope.attention_factor)
+        # Sequences of different plans share the pass: each rotates by its own frequencies.
+        starts = batch.q_starts.tolist()
+        parts = [
+            cos_sin(self._inv_freq(rope, length), batch.positions[start:stop], rope.attention_factor)
+            for length, start, stop in zip(lengths, starts[:-1], starts[1:], strict=True)
+        ]
+        return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
+
+    def _inv_freq(self, rope: RopeSpec, length: int) -> Tensor:
+        key = (rope, length)
+        if key not in self._frequencies:
+            self._frequencies[key] = frequencies(
+                kind=rope.kind,
+                theta=rope.theta,
+                rotary_dim=rope.rotary_dim,
+                factor=rope.factor,
+                original_context=rope.original_context,
+                length=length,
+                beta_fast=rope.beta_fast,
+                beta_slow=rope.beta_slow,
+                truncate=rope.truncate,
+                low_freq_factor=rope.low_freq_factor,
+                high_freq_factor=rope.high_freq_factor,
+                short_factor=rope.short_factor,
+                long_factor=rope.long_factor,
+            ).to(self.device)
+        return self._frequencies[key]
+
+
+def require_finite(x: Tensor, where: str) -> None:
+    """Raise NonFiniteError naming the place and the token row when x (T, hidden) holds NaN or infinity."""
+    bad = ~torch.isfinite(x).all(dim=-1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"{where} gives NaN or infinity (token row {row} of this pass)",
+            hint="the weights of that layer are damaged, or the model needs a wider number range than it is given",
+        )
