@@ -97,7 +97,9 @@ def model_of(family: Family, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = getattr(transformers, family.config)(**{**BASE, **family.options})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -186,13 +186,13 @@ class _Loader:
         return load_linear(tensors, whole, where=group.where, hints=hints).columns(source.start, source.stop)
 
     def stacked(self, source: Source, shape: LinearShape) -> Dense:
-        """One expert out of a dense 3-D tensor (experts, out, in)."""
+        """One expert out of a dense 3-D tensor (experts, out, in); only its slice is read."""
         where = self.checkpoint.where(source.path)
-        stack = self.checkpoint.tensor(source.path)
+        found = self.checkpoint.info(source.path).shape
         total = source.total or shape.out_features
-        if stack.dim() != 3 or tuple(stack.shape[1:]) != (total, shape.in_features) or stack.shape[0] <= source.expert:
-            raise FormatError(f"{where}: shape {tuple(stack.shape)}, wanted (experts, {total}, {shape.in_features})")
-        weight = stack[source.expert]
+        if len(found) != 3 or tuple(found[1:]) != (total, shape.in_features) or found[0] <= source.expert:
+            raise FormatError(f"{where}: shape {tuple(found)}, wanted (experts, {total}, {shape.in_features})")
+        weight = self.checkpoint.tensor(source.path, row=source.expert)
         if source.start is not None:
             weight = weight[source.start : source.stop]
         return Dense.load({"weight": weight.contiguous()}, shape, where=where)

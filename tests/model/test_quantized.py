@@ -1,0 +1,89 @@
+"""EXL2 and GPTQ models against transformers running on the dequantized weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from driving import open_model, run
+from oracles import assert_as_good_as
+from quantize import join_fused, quantize_folder
+from tiny import by_name, logits_of, model_of, write
+
+IDS = [(11 * i * i + 5 * i + 2) % 128 + 3 for i in range(70)]
+GPTQ = {
+    "b4_g32_act_v1": dict(bits=4, group_size=32, act_order=True, symmetric=True, version=1),
+    "b3_g64_v2_asym": dict(bits=3, group_size=64, act_order=False, symmetric=False, version=2),
+    "b8_all_v1_asym": dict(bits=8, group_size=-1, act_order=False, symmetric=False, version=1),
+    "b2_g32_act_v2": dict(bits=2, group_size=32, act_order=True, symmetric=False, version=2),
+}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory):
+    return tmp_path_factory.mktemp("quantized")
+
+
+def check(family, folder: Path, dense, backend: str) -> None:
+    reference = model_of(family)
+    state = reference.state_dict()
+    joined = join_fused({name: tensor.float() for name, tensor in dense.items()}, state)
+    if "lm_head.weight" in dense and reference.config.tie_word_embeddings:
+        # A tied model with a quantized head of its own: embedding and head differ from now on.
+        reference.lm_head.weight = torch.nn.Parameter(torch.zeros_like(reference.lm_head.weight))
+        joined["lm_head.weight"] = dense["lm_head.weight"].float()
+    missing, unexpected = reference.load_state_dict(joined, strict=False)
+    assert not unexpected and not [name for name in missing if name != "lm_head.weight"]
+    naive = logits_of(reference, IDS)
+    with torch.inference_mode():
+        oracle = reference.double()(torch.tensor([IDS]), use_cache=False).logits[0]
+    ours = run(open_model(folder, backend), IDS, [33])
+    assert_as_good_as(ours, naive, oracle, factor=4.0, floor=3e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mistral"])
+def test_exl2(name, backend, root) -> None:
+    family = by_name(name)
+    target = root / f"{name}-exl2-{backend}"
+    dense = quantize_folder(write(family, root), target, "exl2")
+    check(family, target, dense, backend)
+
+
+@pytest.mark.parametrize("options", GPTQ.values(), ids=GPTQ)
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_gptq(name, options, backend, root) -> None:
+    family = by_name(name)
+    target = root / f"{name}-gptq-{backend}-{options['bits']}"
+    dense = quantize_folder(write(family, root), target, "gptq", **options)
+    check(family, target, dense, backend)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_exl2_experts(name, backend, root) -> None:
+    family = by_name(name)
+    target = root / f"{name}-exl2-{backend}"
+    dense = quantize_folder(write(family, root), target, "exl2")
+    fused = stack_experts(dense, model_of(family).state_dict())
+    check(family, target, fused, backend)
+
+
+def stack_experts(dense, state):
+    """Single experts as they are stored -> the stacked parameters of the transformers module."""
+    out = {name: tensor for name, tensor in dense.items() if ".experts." not in name}
+    letters = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for name, like in state.items():
+        if ".experts." not in name:
+            continue
+        stem, part = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+
+        def single(e: int, p: str, stem: str = stem) -> torch.Tensor:
+            for path in (f"{stem}.{e}.{p}", f"{stem}.{e}.{letters[p]}".replace("mlp.", "block_sparse_moe.")):
+                if f"{path}.weight" in dense:
+                    return dense[f"{path}.weight"]
+            raise KeyError(f"{stem}.{e}.{p}")
+
+        out[name] = torch.stack([torch.cat([single(e, p) for p in parts]) for e in range(like.shape[0])])
+    for name in list(out):
+        if "block_sparse_moe.gate" in name:
+            out[name.replace("block_sparse_moe", "mlp")] = out.pop(name)
+    return out
