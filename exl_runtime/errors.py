@@ -66,6 +66,10 @@ class TemplateError(ExlError):
     """The chat template is missing, invalid, or refused the conversation."""
 
 
+class NoTemplate(TemplateError):
+    """The model has no chat template at all (base models have none): raw text still works."""
+
+
 class SessionError(ExlError):
     """A saved chat session cannot be read or written."""
 

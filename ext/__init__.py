@@ -1,1 +1,1 @@
-"""Sources of the native kernels and the driver that builds them on first use. Knows nothing of the Python above it."""
+"""The native kernels: C++ sources and the driver that builds them on first use. Knows no Python above it."""

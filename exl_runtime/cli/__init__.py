@@ -1,0 +1,1 @@
+"""The `exl` command: one small file per command, everything heavy imported when a command runs."""

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from typing_extensions import Self
-
 from torch import Tensor
+from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True)

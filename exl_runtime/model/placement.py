@@ -11,6 +11,8 @@ from ..errors import BackendUnavailable, OutOfMemory, UsageError
 CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PREFILL_TOKENS = 512  # tokens of one forward pass at the most; sizes the working memory
 RESERVE = 512 << 20  # left to the system and to the Python process
+SPARE = 15  # contexts, and
+SPARE_TOKENS = 16384  # tokens, whichever is less: room for batches and for prompts seen before
 SHARE = 0.8  # of what is free after the weights, for the cache
 
 
@@ -86,6 +88,18 @@ def plan(spec: ModelSpec, *, context: int, weight_bytes: int, dtype: torch.dtype
         cache_bytes=pages * geometry.bytes_per_page,
         working_bytes=working_bytes(spec),
     )
+
+
+def cache_pages(spec: ModelSpec, context: int, *, dtype: torch.dtype, device: torch.device) -> int:
+    """Pages for one full context and a copied page, and as many more as memory allows, up to SPARE contexts.
+
+    The spare ones serve batches and remember earlier prompts. On the CPU they cost nothing until they are used.
+    """
+    geometry = geometry_of(spec, dtype)
+    least = geometry.pages_for(context) + 1
+    fitting = int(free_memory(device) * SHARE * SHARE) // geometry.bytes_per_page
+    spare = min(SPARE * geometry.pages_for(context), SPARE_TOKENS // PAGE_SIZE)
+    return max(least, min(least + spare, fitting))
 
 
 def auto_context(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> int:

@@ -1,0 +1,213 @@
+"""The page table: which pages are in use, what they hold, and which one goes next. Integers and hashes, no tensors.
+
+A page is in one of three states:
+  blank  nobody uses it and it holds nothing that could be found again
+  held   in use: its reference count is positive; at most one holder writes to it, and only past what is recorded
+  idle   nobody uses it, but what it holds can be found again; the least recently released is reused first
+
+Pages are released leaf first, so a parent is always younger than its children, and reuse never orphans a prefix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import CacheFull
+from .geometry import PAGE_SIZE
+from .prefix import PrefixTree, chain, pack, root_key
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the first `tokens` tokens of page `source` to page `target`; `source` stays held until that is done."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A cached prefix, acquired: full `pages` with their `keys`, then the first `shared` tokens of page `source`."""
+
+    pages: list[int]
+    keys: list[bytes]
+    source: int | None
+    shared: int
+
+
+class PageTable:
+    """Reference counts over `pages` pages of `page_size` tokens, and the prefixes they hold. Not thread-safe."""
+
+    def __init__(self, pages: int, *, page_size: int = PAGE_SIZE) -> None:
+        self.pages = pages
+        self.page_size = page_size
+        self.version = 0  # changes whenever a page is taken, released, or holds something new
+        self._references = [0] * pages
+        self._blank = list(range(pages - 1, -1, -1))
+        self._idle: dict[int, None] = {}  # oldest first
+        self._tree = PrefixTree()
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can still hand out."""
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def idle(self) -> int:
+        """Pages that nobody uses and that hold something reusable."""
+        return len(self._idle)
+
+    def references(self, page: int) -> int:
+        """How many holders a page has."""
+        return self._references[page]
+
+    def match(self, tokens: Sequence[int], *, root: bytes | None = None, limit: int | None = None) -> Match:
+        """Acquire the longest cached prefix of tokens[:limit] under `root`: full pages, then part of one more."""
+        key = root_key() if root is None else root
+        limit = len(tokens) if limit is None else min(limit, len(tokens))
+        size = self.page_size
+        pages: list[int] = []
+        keys: list[bytes] = []
+        start = 0
+        while start + size <= limit:
+            following = chain(key, pack(tokens[start : start + size]))
+            page = self._tree.find(following)
+            if page is None:
+                break
+            self._acquire(page)
+            pages.append(page)
+            keys.append(following)
+            key = following
+            start += size
+        found = self._tree.longest(key, pack(tokens[start : min(start + size, limit)]))
+        if found is None:
+            return Match(pages, keys, None, 0)
+        self._acquire(found[0])
+        return Match(pages, keys, *found)
+
+    def fork(self, match: Match) -> tuple[int, PageCopy | None]:
+        """A page to go on writing after match.shared tokens, and the copy that must be made first, if any.
+
+        Where nobody else needs the tokens that follow in match.source, that page itself goes on. After the copy,
+        release its source. Raises CacheFull (match.source stays held) when a page is needed and there is none.
+        """
+        source = match.source
+        assert source is not None, "fork needs a partial match"
+        node = self._tree.nodes[source]
+        alone = self._references[source] == 1
+        if alone and node.tokens == match.shared and node.key is None:
+            return source, None
+        try:
+            page = self.take()
+        except CacheFull:
+            if not (alone and self._tree.is_leaf(source)):
+                raise
+            self._tree.remove(source)
+            return source, None
+        return page, PageCopy(source, page, match.shared)
+
+    def take(self) -> int:
+        """A page to write to: a blank one, else the one that has been idle longest. Raises CacheFull."""
+        if self._blank:
+            page = self._blank.pop()
+        elif self._idle:
+            page = next(iter(self._idle))
+            del self._idle[page]
+            self._tree.remove(page)
+        else:
+            raise CacheFull(
+                f"all {self.pages} pages ({self.pages * self.page_size} tokens) of the key/value cache are in use",
+                hint="wait for a request to finish, or raise --ctx",
+            )
+        self._references[page] = 1
+        self.version += 1
+        return page
+
+    def seal(self, page: int, parent: bytes, tokens: Sequence[int]) -> tuple[int, bytes]:
+        """A held page is full of `tokens`. Returns the page to keep, and its key: equal prefixes share one page."""
+        assert len(tokens) == self.page_size, "only full pages are sealed"
+        packed = pack(tokens)
+        key = chain(parent, packed)
+        known = self._tree.find(key)
+        if known == page:
+            return page, key
+        if known is not None:
+            self._acquire(known)
+            self._tree.remove(page)
+            self.release([page])
+            return known, key
+        self._drop_beginnings(page, parent, packed)
+        self._tree.add(page, parent, packed, key)
+        self.version += 1
+        return page, key
+
+    def record(self, page: int, parent: bytes, tokens: Sequence[int]) -> None:
+        """A held page that is not full begins with `tokens`: others may copy them, now and after its release."""
+        assert 0 < len(tokens) < self.page_size, "a full page is sealed, an empty one has nothing to record"
+        packed = pack(tokens)
+        for other, node in self._tree.children(parent):
+            if other != page and node.packed.startswith(packed):
+                self._tree.remove(page)
+                if other in self._idle:  # as good as new; its parents are held by our caller, so they stay younger
+                    self._idle[other] = self._idle.pop(other)
+                return
+        self._drop_beginnings(page, parent, packed)
+        self._tree.add(page, parent, packed, None)
+        self.version += 1
+
+    def release(self, held: Sequence[int], *, forget: bool = False) -> None:
+        """Give up one reference to each page of a sequence, given in order. With `forget`, nothing becomes idle
+        that only this holder had: for pages whose content is in doubt."""
+        self.version += 1
+        for page in reversed(held):  # leaf first
+            assert self._references[page] > 0, f"page {page} is not held"
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            if page in self._tree.nodes and not (forget and self._tree.is_leaf(page)):
+                self._idle[page] = None
+            else:
+                self._tree.remove(page)
+                self._blank.append(page)
+
+    def clear(self) -> None:
+        """Forget all idle pages."""
+        for page in self._idle:
+            self._tree.remove(page)
+            self._blank.append(page)
+        self._idle.clear()
+
+    def check(self) -> None:
+        """Raise AssertionError unless every invariant of this file holds."""
+        self._tree.check(self.page_size)
+        held = {page for page, count in enumerate(self._references) if count > 0}
+        assert all(count >= 0 for count in self._references), "negative reference count"
+        assert sorted([*self._blank, *self._idle, *held]) == list(range(self.pages)), "a page is lost or counted twice"
+        assert not set(self._blank) & set(self._tree.nodes), "a blank page is still in the tree"
+        assert set(self._idle) <= set(self._tree.nodes), "an idle page cannot be found"
+        age = {page: position for position, page in enumerate(self._idle)}
+        for page, node in self._tree.nodes.items():
+            if node.first:
+                continue
+            parent = self._tree.find(node.parent)
+            assert parent is not None
+            if page in held:
+                assert parent in held, f"page {page} is held, its parent {parent} is not"
+            elif parent not in held:
+                assert age[parent] > age[page], f"parent {parent} would be reused before its child {page}"
+
+    def _acquire(self, page: int) -> None:
+        self._idle.pop(page, None)
+        self._references[page] += 1
+
+    def _drop_beginnings(self, page: int, parent: bytes, packed: bytes) -> None:
+        """Idle pages that hold only a beginning of what `page` holds are of no more use."""
+        useless = [
+            other
+            for other, node in self._tree.children(parent)
+            if other != page and other in self._idle and node.key is None and packed.startswith(node.packed)
+        ]
+        for other in useless:
+            del self._idle[other]
+            self._tree.remove(other)
+            self._blank.append(other)

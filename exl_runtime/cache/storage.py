@@ -1,0 +1,67 @@
+"""The memory that holds keys and values, in pages. Knows no tokens: what a page means is the page table's affair."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import OutOfMemory
+from .geometry import CacheGeometry, free_memory
+
+ALIGNMENT = 64  # bytes; one cache line, and the widest vector register
+
+
+class KVStorage:
+    """Keys and values of every layer: (layers, 2, pages, page_size, kv_heads, head_dim) in one allocation.
+
+    Everything reads as zero until it is written. On the CPU untouched pages cost no physical memory, so a long
+    context is paid for as it fills.
+    """
+
+    def __init__(self, geometry: CacheGeometry, pages: int, device: torch.device) -> None:
+        """Raises OutOfMemory when `pages` pages do not fit into what is free on `device`."""
+        self.geometry = geometry
+        self.pages = pages
+        self.page_size = geometry.page_size
+        self.device = torch.device(device)
+        self.nbytes = pages * geometry.bytes_per_page
+        shape = (geometry.layers, 2, pages, geometry.page_size, geometry.kv_heads, geometry.head_dim)
+        # Lazily backed memory never fails here but kills the process later: so the check comes first.
+        free = free_memory(self.device)
+        if self.nbytes > free:
+            raise self._too_large(free)
+        try:
+            self._data = _zeros(shape, geometry.dtype, self.device)
+        except (MemoryError, RuntimeError) as err:  # torch's own out-of-memory errors are RuntimeErrors
+            raise self._too_large(free) from err
+        self._layers = tuple((self._data[i, 0], self._data[i, 1]) for i in range(geometry.layers))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Key pages and value pages of one layer, each (pages, page_size, kv_heads, head_dim)."""
+        return self._layers[index]
+
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        """Copy the keys and values of the first `tokens` tokens of one page to another, in every layer."""
+        self._data[:, :, target, :tokens] = self._data[:, :, source, :tokens]
+
+    def _too_large(self, free: int) -> OutOfMemory:
+        geometry = self.geometry
+        fitting = geometry.pages_in(free) * geometry.page_size
+        return OutOfMemory(
+            f"the key/value cache for {self.pages * geometry.page_size} tokens needs {_size(self.nbytes)}, "
+            f"{_size(free)} are free on {self.device}",
+            hint=f"{fitting} tokens would fit: lower --ctx, or choose a smaller cache type (--cache fp16)",
+        )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every byte; numpy takes zeroed pages from the system, which come into being when written.
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return torch.from_numpy(raw)[start : start + nbytes].view(dtype).view(shape)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

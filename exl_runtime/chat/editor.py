@@ -1,0 +1,189 @@
+"""The input line: several lines, history, search, completion. Knows the names of commands and settings, no models.
+
+`PromptEditor` needs a terminal that can move its cursor (prompt_toolkit); `LineEditor` works anywhere.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output.color_depth import ColorDepth
+
+from .commands import COMMANDS
+from .settings import setting_names
+from .terminal import Terminal, state_dir, user_text
+
+QUOTES = '"""'
+PROMPT, MORE = "> ", "… "
+
+
+class Editor(Protocol):
+    """Reads one message. Raises KeyboardInterrupt for Ctrl-C on an empty line, EOFError for Ctrl-D."""
+
+    drafts: bool
+
+    def read(self, draft: str = "") -> str: ...
+
+
+def unfinished(text: str) -> bool:
+    """Whether Enter should make a new line: a trailing backslash, or triple quotes that are still open."""
+    if text.lstrip().startswith(QUOTES):
+        return text.count(QUOTES) < 2
+    return text.endswith("\\")
+
+
+def assembled(text: str) -> str:
+    """The message in what was typed: without the marks that only said that more would come."""
+    stripped = text.strip()
+    if stripped.startswith(QUOTES):
+        inside = stripped.removeprefix(QUOTES)
+        inside, _, after = inside.partition(QUOTES)
+        return (inside + after).strip("\n")
+    return text.replace("\\\n", "\n").strip()
+
+
+class CommandCompleter(Completer):
+    """Names of commands behind a slash, then what the command takes: settings, commands, files."""
+
+    def __init__(self) -> None:
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Only for a first line that starts with one slash."""
+        text = document.text_before_cursor
+        if not text.startswith("/") or text.startswith("//") or "\n" in text:
+            return
+        name, blank, rest = text[1:].partition(" ")
+        if not blank:
+            for command in COMMANDS:
+                if command.name.startswith(name.lower()):
+                    yield Completion(command.name, start_position=-len(name), display_meta=command.help)
+        elif name == "set" and " " not in rest:
+            for setting in setting_names():
+                if setting.startswith(rest.lower()):
+                    yield Completion(setting, start_position=-len(rest))
+        elif name == "help":
+            for command in COMMANDS:
+                if command.name.startswith(rest.lower()):
+                    yield Completion(command.name, start_position=-len(rest), display_meta=command.help)
+        elif name in ("save", "load"):
+            inner = Document(rest, len(rest))
+            yield from self._paths.get_completions(inner, complete_event)
+
+
+class PromptEditor:
+    """Bracketed paste, Ctrl-R, Ctrl-X Ctrl-E and the arrow keys come from prompt_toolkit."""
+
+    drafts = True
+
+    def __init__(self, *, coloured: bool = True) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=open_history(),
+            completer=CommandCompleter(),
+            auto_suggest=AutoSuggestFromHistory(),
+            complete_while_typing=True,
+            multiline=True,
+            key_bindings=_bindings(),
+            enable_open_in_editor=True,
+            prompt_continuation=lambda width, number, wrapped: MORE.rjust(width),
+            color_depth=None if coloured else ColorDepth.DEPTH_1_BIT,
+            reserve_space_for_menu=5,
+        )
+
+    def read(self, draft: str = "") -> str:
+        """One message, assembled. Ctrl-C on a line with text empties it."""
+        while True:
+            try:
+                return assembled(user_text(self._session.prompt(PROMPT, default=draft)))
+            except KeyboardInterrupt:
+                if not self._session.default_buffer.text:
+                    raise
+                draft = ""
+
+
+def _bindings() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer: Buffer = event.current_buffer
+        if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
+            buffer.complete_state = None  # Enter takes the completion that is selected
+        elif unfinished(buffer.text):
+            buffer.newline()
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline()
+
+    return keys
+
+
+def open_history() -> History:
+    """Past messages in a private file of the user; in memory where none can be written."""
+    path = state_dir() / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return PrivateHistory(path)
+
+
+class PrivateHistory(FileHistory):
+    """A history whose file may vanish or become unwritable without an end to the chat."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+
+    def load_history_strings(self) -> Iterable[str]:
+        """Newest first; an unreadable file is an empty history."""
+        try:
+            yield from super().load_history_strings()
+        except OSError:
+            return
+
+    def store_string(self, string: str) -> None:
+        """Append one entry."""
+        try:
+            super().store_string(string)
+        except OSError:
+            return
+
+
+class LineEditor:
+    """A prompt on standard error and lines from standard input, for terminals that can do no more."""
+
+    drafts = False
+
+    def read(self, draft: str = "") -> str:
+        """One message; more lines are asked for while it is unfinished."""
+        text = self._line(PROMPT)
+        while unfinished(text):
+            text += "\n" + self._line(MORE)
+        return assembled(user_text(text))
+
+    @staticmethod
+    def _line(prompt: str) -> str:
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+
+def make_editor(terminal: Terminal) -> Editor:
+    """The best editor the terminal can run."""
+    return PromptEditor(coloured=terminal.styled) if terminal.editor else LineEditor()

@@ -1,0 +1,90 @@
+"""What text may do to a terminal, and what a terminal can do. Knows nothing of models or conversations.
+
+Model output, model names and error messages can carry bytes from files nobody checked. Written raw, an escape
+sequence in them could retitle the window, move the cursor or fill the clipboard; so everything passes `clean` or
+`clean_line` on its way to a terminal.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+# C0 without tab and newline, DEL, C1, and the bidirectional overrides that can make text read other than it is.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """`text` without control characters, tabs and newlines kept. Looks at single characters, so any cut will do."""
+    return _UNSAFE.sub("", text)
+
+
+def clean_line(text: str, limit: int = 400) -> str:
+    """One printable line: control characters become visible escapes such as \\x1b, long text is cut to `limit`."""
+    shown = _UNSAFE_LINE.sub(_escape, text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def clean_message(text: str, limit: int = 4000) -> str:
+    """Text of several lines (an error message): newlines stay, other control characters become visible escapes."""
+    shown = "\n".join(clean_line(line, limit) for line in text.split("\n"))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def user_text(text: str) -> str:
+    """Text from argv or standard input: undecodable bytes become U+FFFD, so that it can be tokenized and saved."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminal:
+    """What the streams of this process can do.
+
+    interactive  a person types at standard input
+    styled       standard output takes escape sequences (colour, cursor movement)
+    editor       a line editor that moves the cursor can run
+    """
+
+    interactive: bool
+    styled: bool
+    editor: bool
+
+    @classmethod
+    def detect(cls, *, plain: bool = False, no_color: bool = False) -> "Terminal":
+        """Look at the standard streams, TERM and NO_COLOR (https://no-color.org: any non-empty value)."""
+        stdin, stdout = _is_tty(sys.stdin), _is_tty(sys.stdout)
+        dumb = os.environ.get("TERM", "") in ("", "dumb")
+        colourless = no_color or bool(os.environ.get("NO_COLOR"))
+        return cls(
+            interactive=stdin,
+            styled=stdin and stdout and not (plain or dumb or colourless),
+            editor=stdin and stdout and not (plain or dumb),
+        )
+
+
+def _is_tty(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def tolerant_streams() -> None:
+    """Never die of an encoding: what cannot be encoded is replaced, what cannot be decoded becomes a surrogate."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def state_dir() -> Path:
+    """The folder for what persists between chats, by the XDG base directory specification."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "exl-runtime"

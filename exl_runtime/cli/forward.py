@@ -1,0 +1,28 @@
+"""`exl convert|eval|bench`: the same as `python -m convert` and `python -m eval`, which own their arguments."""
+
+import runpy
+import sys
+
+# command -> (package, arguments put before the user's, one line of help)
+PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "convert": ("convert", (), "make an EXL2 model (python -m convert)"),
+    "eval": ("eval", (), "measure what a model is worth (python -m eval)"),
+    "bench": ("eval", ("speed",), "measure speed (python -m eval speed)"),
+}
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run the package as a program in this process; its exit code is ours."""
+    package, first, _ = PROGRAMS[command]
+    before = sys.argv
+    sys.argv = [f"exl {command}", *first, *arguments]
+    try:
+        runpy.run_module(package, run_name="__main__", alter_sys=False)
+    except SystemExit as err:
+        if err.code is None or isinstance(err.code, int):
+            return err.code or 0
+        sys.stderr.write(f"{err.code}\n")
+        return 1
+    finally:
+        sys.argv = before
+    return 0

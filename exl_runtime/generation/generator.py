@@ -1,0 +1,296 @@
+"""The generator: takes requests from any thread, runs them together, and hands every owner its events.
+
+Knows no files, no chat and no kernels. What a step does is in `engine.py`; here are the threads around it.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Many
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..cache.pages import PageTable
+from ..cache.storage import KVStorage
+from ..errors import PromptTooLong, UsageError
+from .engine import Engine
+from .intake import Intake, MakeSampler
+from .request import Request, Result
+from .runner import Model, Runner
+from .scheduler import MAX_RUNNING, PREFILL_TOKENS, Scheduler
+from .sequence import Sequence
+from .stream import Event, Failed, Finished
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorStats:
+    """Counters over all ended requests, and the present use of the cache in pages."""
+
+    requests: int
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+    waiting: int
+    running: int
+    pages_total: int
+    pages_held: int
+    pages_idle: int
+
+
+class Generator:
+    """`submit` and `cancel` may be called from any thread at any time; `step` and `stream` take turns."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVStorage,
+        tokenizer: "Tokenizer",
+        *,
+        context: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+        max_running: int = MAX_RUNNING,
+        make_sampler: MakeSampler | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`context`: most tokens of one sequence, prompt and reply; by default the model's, or what the cache holds.
+
+        Raises UsageError when the cache cannot hold one sequence of that length.
+        """
+        capacity = kv.pages * kv.page_size
+        self.context = min(model.spec.context_length, capacity) if context is None else context
+        if not 2 <= self.context <= capacity:
+            raise UsageError(
+                f"a context of {self.context} tokens was asked for, the key/value cache holds {capacity}",
+                hint="give a context from 2 to what the cache holds",
+            )
+        self.model = model
+        self.kv = kv
+        self.table = PageTable(kv.pages, page_size=kv.page_size)
+        self._clock = clock
+        self._intake = Intake(
+            model.spec, tokenizer, context=self.context, page_size=kv.page_size, make_sampler=make_sampler
+        )
+        self._scheduler = Scheduler(self.table, prefill_tokens=prefill_tokens, max_running=max_running)
+        self._runner = Runner(model, kv)
+        self._engine = Engine(
+            self._scheduler, self._runner, kv, context=self.context, cut=self._intake.cut, clock=clock
+        )
+        # Both reentrant: the garbage collector may close an abandoned `stream` anywhere, also inside of either.
+        # Who holds the second never waits for the first.
+        self._turn = threading.RLock()  # held while engine, table or model are in use
+        self._occupied = False  # ... and by whom: True from the first to the last moment of a turn
+        self._inbox = threading.RLock()  # held, briefly, for what follows
+        self._submitted: deque[Sequence] = deque()
+        self._cancelled: set[str] = set()
+        self._orphans: set[str] = set()
+        self._live: dict[str, Sequence] = {}
+        self._boxes: dict[str, deque[Event]] = {}
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """True while there is a request that has not ended."""
+        return bool(self._live)
+
+    @property
+    def stats(self) -> GeneratorStats:
+        totals = self._engine.totals
+        return GeneratorStats(
+            requests=totals.requests,
+            prompt_tokens=totals.prompt_tokens,
+            reused_tokens=totals.reused_tokens,
+            generated_tokens=totals.generated_tokens,
+            preemptions=totals.preemptions,
+            steps=totals.steps,
+            waiting=len(self._submitted) + len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            pages_total=self.table.pages,
+            pages_held=self.table.pages - self.table.available,
+            pages_idle=self.table.idle,
+        )
+
+    def submit(self, request: Request) -> str:
+        """Queue a request and return its id. Thread-safe.
+
+        Raises PromptTooLong, or UsageError for unknown token ids, an id in use, or bad sampling settings.
+        """
+        return self._submit(request, None)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ask a request to end with reason "cancelled" before the next step. False if it has ended. Thread-safe."""
+        with self._inbox:
+            if request_id not in self._live:
+                return False
+            self._cancelled.add(request_id)
+            return True
+
+    def step(self) -> list[Event]:
+        """One forward pass over everything that can run, and what came of it. Nothing to do: an empty list."""
+        events: list[Event] = []
+        with self._own_turn():
+            try:
+                self._take_in(events)
+                self._engine.step(events)
+            finally:
+                self._deliver(events)
+        return events
+
+    def stream(self, *requests: Request) -> Iterator[Event]:
+        """Submit requests and yield their events until all have ended. Leaving early cancels those still running.
+
+        Raises what `submit` raises, and the error of a request that failed (the others are cancelled then). Several
+        threads may stream at once: whoever waits drives the steps for all.
+        """
+        return self._stream(requests, [])
+
+    def run(self, requests: Iterable[Request]) -> list[Result]:
+        """Run requests together; their results in the same order. Raises like `stream`."""
+        ids: list[str] = []
+        results: dict[str, Result] = {}
+        for event in self._stream(requests, ids):
+            if isinstance(event, Finished):
+                results[event.request_id] = event.result
+        return [results[request_id] for request_id in ids]
+
+    def logits(self, tokens: Many[int]) -> Tensor:
+        """float32 (len(tokens), vocab) on the CPU: what the model expects after every token. Uses no cached prefix.
+
+        Raises PromptTooLong, or CacheFull while running requests leave too few pages.
+        """
+        if not 0 < len(tokens) <= self.context:
+            raise PromptTooLong(
+                f"{len(tokens)} tokens were given, the context holds 1 to {self.context}",
+                hint="give them in parts, or raise --ctx",
+            )
+        self._intake.check_ids(tokens)
+        with self._own_turn():
+            pages: list[int] = []
+            try:
+                while len(pages) * self.kv.page_size < len(tokens):
+                    pages.append(self.table.take())
+                rope_length = self.model.spec.rope_length(len(tokens))
+                chunk = self._scheduler.prefill_tokens
+                rows = self._runner.all_logits(list(tokens), pages, rope_length, chunk=chunk)
+            finally:
+                self.table.release(pages)
+        return rows.clone()  # made outside of inference mode: an ordinary tensor
+
+    def forget(self) -> None:
+        """Empty the prefix cache of all that no running request uses."""
+        with self._own_turn():
+            self.table.clear()
+
+    def _submit(self, request: Request, box: deque[Event] | None) -> str:
+        with self._inbox:
+            self._count += 1
+            order = self._count
+        request = replace(request, id=request.id or f"request-{order}")
+        sequence = self._intake.prepare(request, order=order, now=self._clock())
+        with self._inbox:
+            if request.id in self._live:
+                raise UsageError(f"a request with the id {request.id!r} is still running", hint="leave the id empty")
+            self._live[request.id] = sequence
+            if box is not None:
+                self._boxes[request.id] = box
+            self._submitted.append(sequence)
+        return request.id
+
+    def _stream(self, requests: Iterable[Request], ids: list[str]) -> Iterator[Event]:
+        box: deque[Event] = deque()
+        try:
+            for request in requests:
+                ids.append(self._submit(request, box))
+            unfinished = len(ids)
+            while unfinished:
+                while box:
+                    event = box.popleft()
+                    if isinstance(event, Failed):
+                        raise event.error
+                    unfinished -= isinstance(event, Finished)
+                    yield event
+                if unfinished:
+                    with self._own_turn():
+                        if not box:  # nobody else's step has brought news meanwhile
+                            self.step()
+        finally:
+            self._abandon(ids)
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        try:
+            with self._turn:
+                outermost, self._occupied = not self._occupied, True
+                try:
+                    yield
+                finally:
+                    self._occupied = not outermost
+        finally:
+            self._reap()
+
+    def _abandon(self, ids: Many[str]) -> None:
+        """The owner has gone: no event may pile up for it, and what still runs is to end."""
+        with self._inbox:
+            for request_id in ids:
+                self._boxes.pop(request_id, None)
+            self._orphans.update(request_id for request_id in ids if request_id in self._live)
+        self._reap()
+
+    def _reap(self) -> None:
+        """End orphans now, or leave them to whoever has the turn: everybody looks again after giving it up."""
+        while self._orphans and self._turn.acquire(blocking=False):
+            try:
+                if self._occupied:
+                    return
+                self._end_orphans()
+            finally:
+                self._turn.release()
+
+    def _end_orphans(self) -> None:
+        with self._inbox:
+            self._admit_submitted()
+            orphans = [self._live[request_id] for request_id in self._orphans if request_id in self._live]
+            self._orphans.clear()
+        events: list[Event] = []
+        for sequence in orphans:
+            self._engine.end(sequence, "cancelled", events)
+        self._deliver(events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        with self._inbox:
+            for event in events:
+                if isinstance(event, Finished | Failed):
+                    self._live.pop(event.request_id, None)
+                if (box := self._boxes.get(event.request_id)) is not None:
+                    box.append(event)
+
+    def _take_in(self, events: list[Event]) -> None:
+        """What other threads asked for since the last step, and what time has ended."""
+        now = self._clock()
+        with self._inbox:
+            self._admit_submitted()
+            cancelled = [self._live[request_id] for request_id in self._cancelled if request_id in self._live]
+            self._cancelled.clear()
+            late = [sequence for sequence in self._live.values() if _is_late(sequence, now)]
+        for sequence in cancelled:
+            self._engine.end(sequence, "cancelled", events)
+        for sequence in late:
+            if sequence not in cancelled:
+                self._engine.end(sequence, "deadline", events)
+
+    def _admit_submitted(self) -> None:
+        while self._submitted:
+            self._scheduler.add(self._submitted.popleft())
+
+
+def _is_late(sequence: Sequence, now: float) -> bool:
+    deadline = sequence.request.deadline
+    return deadline is not None and now - sequence.submitted >= deadline

@@ -1,0 +1,171 @@
+"""Runs a step: chunks of sequences in, one drawn token (or the reason why not) per finished chunk out.
+
+Knows no text and no stopping. A pass that fails as a whole is repeated one sequence at a time, so that only the
+sequences at fault are lost: running a chunk twice writes the same keys and values to the same places.
+"""
+
+import logging
+import math
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..cache.storage import KVStorage
+from ..config.spec import ModelSpec
+from ..errors import ExlError, NonFiniteError
+from ..model.batch import ForwardBatch
+from .scheduler import Chunk
+
+if TYPE_CHECKING:
+    from ..sampling import Draw
+
+log = logging.getLogger(__name__)
+
+Outcome: TypeAlias = "Draw | Exception | None"  # None: computed, and no token was wanted yet
+
+
+class Model(Protocol):
+    """What of a Transformer is used here."""
+
+    spec: ModelSpec
+    device: torch.device
+
+    def forward(self, batch: ForwardBatch, kv: KVStorage) -> Tensor:
+        """float32 logits (L, vocab)."""
+        ...
+
+
+class Runner:
+    """Owns the tensors that describe a pass, and keeps those that do not change from one token to the next."""
+
+    def __init__(self, model: Model, kv: KVStorage) -> None:
+        self.model = model
+        self.kv = kv
+        self._pages_of: tuple[tuple[int, int], ...] = ()
+        self._pages = torch.zeros(0)
+
+    @torch.inference_mode()
+    def run(self, chunks: Many[Chunk]) -> list[Outcome]:
+        """Compute the chunks in one pass and draw the next token of every chunk that ends its sequence's tokens."""
+        try:
+            logits = self.model.forward(self._batch(chunks), self.kv)
+        except Exception as err:  # whatever it is, it belongs to the owners of these requests
+            if len(chunks) == 1:
+                return [_explain(err, chunks[0])]
+            log.warning("a pass over %d sequences failed (%s); running them one at a time", len(chunks), err)
+            return [outcome for chunk in chunks for outcome in self.run([chunk])]
+        finite = _finite_rows(logits)
+        outcomes: list[Outcome] = []
+        row = 0
+        for chunk in chunks:
+            if not chunk.wants_logits:
+                outcomes.append(None)
+                continue
+            outcomes.append(_draw(chunk, logits[row]) if finite[row] else _non_finite(chunk, logits[row]))
+            row += 1
+        return outcomes
+
+    @torch.inference_mode()
+    def all_logits(self, tokens: Many[int], pages: Many[int], rope_length: int, *, chunk: int) -> Tensor:
+        """float32 (len(tokens), vocab) on the CPU: the logits after every token, computed `chunk` at a time."""
+        parts = []
+        for start in range(0, len(tokens), chunk):
+            stop = min(start + chunk, len(tokens))
+            batch = self._describe([(tokens, pages, start, stop)], range(stop - start), (rope_length,), None)
+            parts.append(self.model.forward(batch, self.kv).cpu())
+        return torch.cat(parts)
+
+    def _batch(self, chunks: Many[Chunk]) -> ForwardBatch:
+        parts = [(c.sequence.tokens, c.sequence.pages, c.start, c.stop) for c in chunks]
+        rows, end = [], -1
+        for chunk in chunks:
+            end += chunk.stop - chunk.start
+            if chunk.wants_logits:
+                rows.append(end)
+        lengths = tuple(chunk.sequence.rope_length for chunk in chunks)
+        identity = tuple((chunk.sequence.order, chunk.sequence.version) for chunk in chunks)
+        return self._describe(parts, rows, lengths, identity)
+
+    def _describe(
+        self,
+        parts: Many[tuple[Many[int], Many[int], int, int]],
+        rows: Many[int],
+        rope_lengths: tuple[int, ...],
+        identity: tuple[tuple[int, int], ...] | None,
+    ) -> ForwardBatch:
+        size = self.kv.page_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for ids, pages, start, stop in parts:
+            tokens += ids[start:stop]
+            positions += range(start, stop)
+            at = start
+            while at < stop:  # a run of slots for every page that is touched
+                until = min(stop, at - at % size + size)
+                first = pages[at // size] * size + at % size
+                slots += range(first, first + until - at)
+                at = until
+            starts.append(len(tokens))
+        # Two transfers instead of seven: everything of one width travels in one tensor.
+        total, sequences = len(tokens), len(parts)
+        wide = torch.tensor([*tokens, *positions, *slots, *rows], dtype=torch.int64).to(self.model.device)
+        narrow = torch.tensor([*starts, *(part[3] for part in parts)], dtype=torch.int32).to(self.model.device)
+        return ForwardBatch(
+            tokens=wide[:total],
+            positions=wide[total : 2 * total],
+            slots=wide[2 * total : 3 * total],
+            q_starts=narrow[: sequences + 1],
+            kv_lengths=narrow[sequences + 1 :],
+            pages=self._page_table(parts, identity),
+            rope_lengths=rope_lengths,
+            logit_rows=wide[3 * total :],
+        )
+
+    def _page_table(
+        self, parts: Many[tuple[Many[int], Many[int], int, int]], identity: tuple[tuple[int, int], ...] | None
+    ) -> Tensor:
+        """int32 (S, P); the same tensor again while no sequence of the batch got another page."""
+        if identity is None or identity != self._pages_of:
+            width = max(len(pages) for _, pages, _, _ in parts)
+            rows = [[*pages, *([0] * (width - len(pages)))] for _, pages, _, _ in parts]
+            self._pages = torch.tensor(rows, dtype=torch.int32).to(self.model.device)
+            self._pages_of = identity or ()
+        return self._pages
+
+
+def _draw(chunk: Chunk, logits: Tensor) -> Outcome:
+    sequence = chunk.sequence
+    try:
+        return sequence.sampler.sample(logits, sequence.prompt, sequence.generated)
+    except Exception as err:  # a mask that leaves nothing, say: one request's trouble, not its neighbours'
+        return err
+
+
+def _finite_rows(logits: Tensor) -> list[bool]:
+    # A sum is finite only if every term is; it reads the logits once and writes nothing.
+    sums = logits.sum(dim=-1).tolist()
+    return [math.isfinite(value) or bool(torch.isfinite(row).all()) for value, row in zip(sums, logits, strict=True)]
+
+
+def _non_finite(chunk: Chunk, logits: Tensor) -> NonFiniteError:
+    bad = (~torch.isfinite(logits)).nonzero().flatten()
+    return NonFiniteError(
+        f"request {chunk.sequence.id}: {bad.numel()} of {logits.numel()} logits for position {chunk.stop} are NaN or "
+        f"infinite (the first is token {int(bad[0])})",
+        hint="the weights are damaged or a kernel is wrong: try another backend, and check the files of the model",
+    )
+
+
+def _explain(err: Exception, chunk: Chunk) -> Exception:
+    """A model's own complaint about numbers, with the request it happened in; anything else as it is."""
+    if not isinstance(err, NonFiniteError):
+        return err
+    explained: ExlError = NonFiniteError(
+        f"request {chunk.sequence.id}, positions {chunk.start} to {chunk.stop - 1}: {err.problem}", hint=err.hint
+    )
+    explained.__cause__ = err
+    return explained

@@ -1,0 +1,243 @@
+"""Who runs next, and in which pages. Decides, does not run: integers and states, no tensors, no text.
+
+Running requests that decode go first, one token each. What is left of the token budget goes to prompts, in order
+of rank, in chunks: a long prompt never holds up a reply for longer than one step. A request is let in when pages
+for its whole prompt are there. When a reply needs a page and there is none, the running request of the lowest
+rank yields all its pages and waits to be computed again; the highest rank never yields, so something always ends.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from ..cache.pages import PageTable
+from ..errors import CacheFull
+from .request import RequestState
+from .sequence import Sequence
+
+PREFILL_TOKENS = 512  # tokens of one forward pass
+MAX_RUNNING = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute tokens [start, stop) of a sequence. Its logits are wanted when stop is the end of its tokens."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass. Sequences in `stuck` cannot go on even with the whole cache to themselves."""
+
+    prefill: tuple[Chunk, ...] = ()
+    decode: tuple[Sequence, ...] = ()
+    admitted: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    stuck: tuple[Sequence, ...] = ()
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Everything to compute, decodes first."""
+        decode = tuple(Chunk(sequence, sequence.kv_length, sequence.kv_length + 1) for sequence in self.decode)
+        return decode + self.prefill
+
+
+class Scheduler:
+    """Holds the queue and the running requests, both in order of rank. Not thread-safe."""
+
+    def __init__(
+        self, table: PageTable, *, prefill_tokens: int = PREFILL_TOKENS, max_running: int = MAX_RUNNING
+    ) -> None:
+        self.table = table
+        self.prefill_tokens = prefill_tokens
+        self.max_running = max_running
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._refused: tuple[Sequence, int, int] | None = None  # who did not fit, and what has to change before it may
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a QUEUED sequence wait for its turn."""
+        insort(self.waiting, sequence, key=lambda other: other.rank)
+
+    def remove(self, sequence: Sequence, state: RequestState, *, forget: bool = False) -> None:
+        """Take a sequence out in its final `state`; its pages stay in the prefix cache unless `forget`."""
+        if sequence.state is RequestState.QUEUED:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        self._give_back(sequence, forget=forget)
+        sequence.move(state)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Take the pages of a running sequence; it waits, and is computed again from its tokens."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.move(RequestState.QUEUED)
+        self.add(sequence)
+
+    def schedule(self) -> Step:
+        """The next forward pass. Pages for it are taken; `settle` and `commit` follow when it has run."""
+        decode: list[Sequence] = []
+        preempted: list[Sequence] = []
+        stuck: list[Sequence] = []
+        for sequence in tuple(self.running):
+            # A sequence that had to yield to one before it is no longer in this state.
+            if sequence.state is not RequestState.DECODE:
+                continue
+            if self._make_room(sequence, preempted):
+                decode.append(sequence)
+            elif sequence.state is RequestState.DECODE:
+                stuck.append(sequence)
+        budget = max(self.prefill_tokens - len(decode), 1)
+        prefill: list[Chunk] = []
+        for sequence in self.running:
+            if budget > 0 and sequence.state is RequestState.PREFILL:
+                budget -= self._next_chunk(sequence, budget, prefill)
+        admitted: list[Sequence] = []
+        while budget > 0 and self.waiting and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if self._should_follow(sequence):
+                break
+            if not self._admit(sequence):
+                if not self.running:
+                    stuck.append(sequence)
+                break
+            admitted.append(sequence)
+            budget -= self._next_chunk(sequence, budget, prefill)
+        return Step(tuple(prefill), tuple(decode), tuple(admitted), tuple(preempted), tuple(stuck))
+
+    def settle(self, sequence: Sequence) -> None:
+        """The copy this sequence waited for is done."""
+        if sequence.copy is not None:
+            self.table.release([sequence.copy.source])
+            sequence.copy = None
+
+    def commit(self, chunk: Chunk) -> None:
+        """The keys and values of a chunk are computed: seal what is full, make the rest of a prompt findable too."""
+        sequence = chunk.sequence
+        sequence.kv_length = chunk.stop
+        size = self.table.page_size
+        while (index := len(sequence.keys)) < chunk.stop // size:
+            tokens = sequence.tokens[index * size : (index + 1) * size]
+            page, key = self.table.seal(sequence.pages[index], sequence.parent, tokens)
+            if page != sequence.pages[index]:
+                sequence.pages[index] = page
+                sequence.version += 1
+            sequence.keys.append(key)
+        if sequence.state is RequestState.PREFILL:
+            self._record_tail(sequence)
+
+    def _next_chunk(self, sequence: Sequence, budget: int, prefill: list[Chunk]) -> int:
+        start = sequence.kv_length
+        stop = min(start + budget, len(sequence.tokens))
+        prefill.append(Chunk(sequence, start, stop))
+        return stop - start
+
+    def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """A slot for the token that a decoding sequence computes next. False if it had to yield, or is stuck."""
+        if sequence.kv_length < len(sequence.pages) * self.table.page_size:
+            return True
+        while True:
+            try:
+                page = self.table.take()
+            except CacheFull:
+                victim = self.running[-1]
+                if victim is sequence and len(self.running) == 1:
+                    return False
+                self.requeue(victim)
+                preempted.append(victim)
+                if victim is sequence:
+                    return False
+                continue
+            sequence.pages.append(page)
+            sequence.version += 1
+            return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its cached prefix, and pages for all its tokens. False if there are too few."""
+        table = self.table
+        needed = -(-len(sequence.tokens) // table.page_size)
+        if self._refused == (sequence, table.version, len(self.running)):
+            return False
+        # At least the last token is computed again: its logits are wanted.
+        match = table.match(sequence.tokens, root=sequence.root, limit=len(sequence.tokens) - 1)
+        # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
+        headroom = min(len(self.running), table.pages // 8)
+        in_place = match.source is not None and table.references(match.source) == 1
+        if needed - len(match.pages) > table.available + in_place - headroom:
+            table.release(match.pages if match.source is None else [*match.pages, match.source])
+            self._refused = (sequence, table.version, len(self.running))
+            return False
+        self._refused = None
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda other: other.rank)
+        sequence.move(RequestState.PREFILL)
+        sequence.kv_length = len(match.pages) * table.page_size + match.shared
+        sequence.matched = len(match.pages)
+        sequence.keys = match.keys
+        sequence.follows = None
+        fresh = [table.take() for _ in range(needed - len(match.pages) - (match.source is not None))]
+        if match.source is not None:
+            # After the others: when they took the last pages, the matched page itself goes on.
+            page, sequence.copy = table.fork(match)
+            fresh.insert(0, page)
+        sequence.pages = match.pages + fresh
+        sequence.version += 1
+        if sequence.reused_tokens is None:
+            sequence.reused_tokens = sequence.kv_length
+        return True
+
+    def _should_follow(self, sequence: Sequence) -> bool:
+        """True while a running prompt is still to compute a beginning that this sequence could reuse afterwards."""
+        if sequence.follows is None:
+            worthwhile = max(1, self.table.page_size // 8)
+            for other in self.running:
+                if other.state is not RequestState.PREFILL or other.root != sequence.root:
+                    continue
+                common = _common(sequence.tokens, other.tokens)
+                if common >= other.kv_length + worthwhile:
+                    sequence.follows = (other, common)
+                    break
+            else:
+                return False
+        leader, common = sequence.follows
+        return leader.state is RequestState.PREFILL and leader.kv_length < common
+
+    def _give_back(self, sequence: Sequence, *, forget: bool = False) -> None:
+        if sequence.copy is not None:
+            # The copy never happened: what was to be copied is not in the page.
+            sequence.kv_length = min(sequence.kv_length, len(sequence.keys) * self.table.page_size)
+            self.settle(sequence)
+        if not forget:
+            self._record_tail(sequence)
+        self.table.release(sequence.pages[sequence.matched :], forget=forget)
+        self.table.release(sequence.pages[: sequence.matched])
+        sequence.matched = 0
+        sequence.pages = []
+        sequence.keys = []
+        sequence.kv_length = 0
+        sequence.version += 1
+
+    def _record_tail(self, sequence: Sequence) -> None:
+        start = len(sequence.keys) * self.table.page_size
+        if start < sequence.kv_length:
+            tail = sequence.tokens[start : sequence.kv_length]
+            self.table.record(sequence.pages[len(sequence.keys)], sequence.parent, tail)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common beginning."""
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return min(len(a), len(b))

@@ -1,0 +1,39 @@
+"""When a reply ends: by token ids and by strings. Pure functions of ids and text."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+
+class StopIds:
+    """Which token ids end a reply, and why: the model's own end-of-sequence ids, and those a request adds."""
+
+    __slots__ = ("_reasons",)
+
+    def __init__(self, eos_ids: Iterable[int], stop_ids: Iterable[int] = ()) -> None:
+        self._reasons: dict[int, Literal["eos", "stop"]] = dict.fromkeys(stop_ids, "stop") | dict.fromkeys(
+            eos_ids, "eos"
+        )
+
+    def reason(self, token: int) -> Literal["eos", "stop"] | None:
+        """Why `token` ends the reply; None if it does not."""
+        return self._reasons.get(token)
+
+
+def find_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
+    """(start, end) of the stop string that is completed first in `text`; of two completed together, the longer."""
+    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
+    if not found:
+        return None
+    end, start = min(found)
+    return start, end
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which a stop string could still begin."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest

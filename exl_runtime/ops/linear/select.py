@@ -1,0 +1,30 @@
+"""The list of kernels, and the choice among them. Knows no kernel's insides."""
+
+import torch
+
+from ...errors import BackendUnavailable
+from ...formats.base import QuantFormat
+from .base import LinearKernel
+from .reference import Reference
+
+# Best first; the first that does not refuse is taken. Native kernels stand before Reference.
+KERNELS: tuple[type[LinearKernel], ...] = (Reference,)
+
+
+def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> LinearKernel:
+    """Build the best kernel for `w` on `device`; `backend` limits the choice to one backend.
+
+    Raises BackendUnavailable listing every kernel considered and its reason.
+    """
+    refusals = []
+    for kernel in KERNELS:
+        if backend not in (None, kernel.backend):
+            continue
+        if (why := kernel.refuses(w, device)) is None:
+            return kernel(w, device)
+        refusals.append(f"{kernel.__name__}: {why}")
+    if not refusals:
+        known = ", ".join(dict.fromkeys(kernel.backend for kernel in KERNELS))
+        refusals.append(f"no kernel belongs to backend {backend!r}; there are {known}")
+    wanted = "" if backend is None else f" with backend {backend!r}"
+    raise BackendUnavailable(f"no kernel for {w.name} on {device}{wanted}\n  " + "\n  ".join(refusals))

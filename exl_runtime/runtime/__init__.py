@@ -1,0 +1,8 @@
+"""The public face: `load` a model, talk to the `Runtime`. Knows no terminal."""
+
+from .load import load
+from .prepare import Rendered
+from .runtime import Runtime, RuntimeInfo, RuntimeStats
+from .stream import Stream
+
+__all__ = ["Rendered", "Runtime", "RuntimeInfo", "RuntimeStats", "Stream", "load"]

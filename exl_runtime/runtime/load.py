@@ -1,0 +1,138 @@
+"""`load`: from a name or a folder to a `Runtime`."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..cache.storage import KVStorage
+from ..checkpoint.reader import Checkpoint
+from ..config.read import load_config
+from ..config.resolve import resolve
+from ..config.spec import ModelSpec
+from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
+from ..model.loader import load_transformer
+from ..model.placement import auto_context, cache_name, cache_pages, geometry_of, resolve_cache_dtype, resolve_device
+from ..model.summary import summarize
+from ..ops import native
+from ..tokenizer.template import ChatTemplate
+from ..tokenizer.tokenizer import Tokenizer
+from .runtime import Runtime, RuntimeInfo
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
+log = logging.getLogger("exl_runtime")
+
+
+def load(
+    model: str | Path = DEMO,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    context: int | str = "auto",
+    cache: str = "auto",
+    threads: int | None = None,
+    template: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Runtime:
+    """Open a model.
+
+    model     a folder with config.json, *.safetensors and tokenizer.json; or "demo", the bundled toy
+    device    "auto" | "cpu" | "cuda" | "cuda:N"
+    backend   "auto" | "cpu" | "cuda" | "reference": whose kernels run
+    context   tokens of the longest conversation; "auto": the model's own, or what fits the free memory
+    cache     element type of keys and values: "auto" | "fp32" | "fp16" | "bf16"
+    threads   CPU threads; None: one per physical core
+    template  a Jinja file to use instead of the model's own chat template
+    progress  called with one line of text now and then (building kernels, loading layers)
+    Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
+    BackendUnavailable, OutOfMemory or UsageError; each says what to do.
+    """
+    started = time.perf_counter()
+    folder = find(model)
+    report = progress or (lambda text: None)
+    where = resolve_device(device)
+    dtype = resolve_cache_dtype(cache, where)
+    files = load_config(folder)
+    spec = resolve(files.config, files.generation)
+    # Small things first: a broken tokenizer or template is known before gigabytes are read.
+    tokenizer = Tokenizer.open(folder)
+    chat_template = open_template(folder, tokenizer, template)
+    wanted = check_context(context, spec)
+    kernels = native.resolve_backend(None if backend == "auto" else backend, where)
+    with Checkpoint.open(folder) as checkpoint:
+        transformer = load_transformer(
+            checkpoint,
+            spec,
+            quantization=files.quantization,
+            device=where,
+            backend=kernels,
+            progress=lambda done, total: report(f"loading layer {done} of {total}"),
+        )
+    length = auto_context(spec, dtype=dtype, device=where) if wanted is None else wanted
+    kv = KVStorage(geometry_of(spec, dtype), cache_pages(spec, length, dtype=dtype, device=where), where)
+    summary = summarize(folder)
+    info = RuntimeInfo(
+        name="demo" if folder == DEMO_FOLDER else summary.name,
+        path=str(folder),
+        architecture=spec.architecture,
+        format=summary.format,
+        bits_per_weight=summary.bits_per_weight,
+        context=length,
+        cache=cache_name(dtype),
+        backend=kernels,
+        device=str(where),
+        weight_bytes=transformer.nbytes,
+        cache_bytes=kv.nbytes,
+        load_seconds=time.perf_counter() - started,
+        is_demo=folder == DEMO_FOLDER,
+    )
+    return Runtime(model=transformer, kv=kv, tokenizer=tokenizer, template=chat_template, info=info)
+
+
+def find(model: str | Path) -> Path:
+    """The folder `model` means. Raises ConfigError with the way out when there is none."""
+    if str(model) == DEMO:
+        return DEMO_FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_file():
+        hint = "give the folder that holds it"
+        if folder.suffix == ".gguf":
+            hint = "GGUF files are not supported; this runtime reads EXL2, GPTQ and safetensors folders"
+        raise ConfigError(f"{model} is a file, a model is a folder", hint=hint)
+    raise ConfigError(
+        f"there is no folder {model}",
+        hint="nothing is downloaded: fetch the model first, then give its folder (or `demo`)",
+    )
+
+
+def open_template(folder: Path, tokenizer: Tokenizer, override: str | Path | None) -> ChatTemplate | None:
+    """The model's chat template, or the one in the file `override`; None when the model has none (base models)."""
+    if override is not None:
+        path = Path(override).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise TemplateError(f"{path}: cannot be read as text: {err}") from err
+        return ChatTemplate.from_text(text, tokenizer, where=str(path))
+    try:
+        return ChatTemplate.open(folder, tokenizer)
+    except NoTemplate:
+        return None
+
+
+def check_context(context: int | str, spec: ModelSpec) -> int | None:
+    """A context length in tokens, None for "auto". Raises UsageError."""
+    if context == "auto":
+        return None
+    if isinstance(context, bool) or not isinstance(context, int) or context < 2:
+        raise UsageError(f"context is {context!r}", hint='give a number of tokens from 2 up, or "auto"')
+    if context > spec.context_length:
+        log.warning(
+            "the context of %d tokens is beyond the %d the model was made for; late text may be worse",
+            context,
+            spec.context_length,
+        )
+    return context

@@ -1,0 +1,122 @@
+"""From what a caller hands in (text, token ids, messages) to the token ids of one prompt. Knows no model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ..errors import PromptTooLong, TemplateError, UsageError
+from ..tokenizer.template import ChatTemplate
+from ..tokenizer.tokenizer import Tokenizer
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+MESSAGE_HINT = 'a message is {"role": "user", "content": "..."}; roles are system, user, assistant and tool'
+REPLY_RESERVE = 256  # tokens kept free for the reply when turns are dropped and no limit was given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A conversation as the model sees it."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The ids of a prompt, and how many of the oldest turns did not fit."""
+
+    ids: tuple[int, ...]
+    dropped_turns: int = 0
+    dropped_tokens: int = 0
+
+
+def is_batch(prompt: Any) -> bool:
+    """True for a list of prompts, as opposed to one prompt that is a list (of ids, or of messages)."""
+    if isinstance(prompt, str | bytes | Mapping) or not isinstance(prompt, Sequence) or not len(prompt):
+        return False
+    return isinstance(prompt[0], str) or (isinstance(prompt[0], Sequence) and not isinstance(prompt[0], bytes))
+
+
+class Preparer:
+    """Renders and encodes for one model; every error names what is wrong with the prompt."""
+
+    def __init__(self, *, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int, context: int) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.vocab_size = vocab_size
+        self.context = context
+
+    def prepare(self, prompt: Prompt, *, max_tokens: int | None, overflow: str) -> Prepared:
+        """Token ids of `prompt`. Text gets the BOS token when the model wants one, rendered messages never a second.
+
+        With overflow "drop", whole turns leave a conversation that is too long, oldest first; the system message and
+        the last user turn stay. Other overflow policies act on tokens and are the generator's business.
+        """
+        if isinstance(prompt, str):
+            return self._checked(self.tokenizer.encode(prompt, add_bos=None))
+        if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence):
+            raise UsageError(f"a prompt is text, token ids or messages, not {type(prompt).__name__}")
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            messages = check_messages(prompt)
+            if overflow == "drop":
+                return self._fitting(messages, max_tokens)
+            return self._checked(self.render(messages).ids)
+        return self._checked(prompt)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
+        """Apply the chat template. Raises TemplateError when the model has none, or when it refuses."""
+        if self.template is None:
+            raise TemplateError(
+                "this model has no chat template",
+                hint="complete raw text instead (`exl run --raw`), or give a template file with --template",
+            )
+        messages = check_messages(messages)
+        if messages[0]["role"] == "system" and not self.template.supports_system:
+            messages = ChatTemplate.fold_system(messages)
+        text, ids = self.template.encode(messages, add_generation_prompt=add_generation_prompt)
+        return Rendered(text=text, ids=tuple(ids))
+
+    def _checked(self, ids: Sequence[int]) -> Prepared:
+        if not len(ids):
+            raise UsageError("the prompt is empty", hint="give at least one token of text")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise UsageError(f"{token!r} is not a token id of this model (0 to {self.vocab_size - 1})")
+        return Prepared(ids=tuple(ids))
+
+    def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None) -> Prepared:
+        reserve = min(max_tokens or REPLY_RESERVE, self.context // 4)
+        whole = len(self.render(messages).ids)
+        kept, turns = messages, 0
+        while True:
+            ids = self.render(kept).ids
+            if len(ids) + reserve <= self.context:
+                return Prepared(ids=ids, dropped_turns=turns, dropped_tokens=whole - len(ids))
+            shorter = without_oldest_turn(kept)
+            if shorter is None:
+                raise PromptTooLong(
+                    f"the last message alone is {len(ids)} tokens, the context holds {self.context} "
+                    f"and {reserve} are kept for the reply",
+                    hint="shorten it, or open the model with a larger --context",
+                )
+            kept, turns = shorter, turns + 1
+
+
+def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as plain dicts; what they may contain beyond a role is the template's affair. Raises UsageError."""
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UsageError(f"message {number} is not a mapping with a role", hint=MESSAGE_HINT)
+        if "content" not in message and "tool_calls" not in message:
+            raise UsageError(f"message {number} has no content", hint=MESSAGE_HINT)
+    if not messages:
+        raise UsageError("the conversation has no messages", hint=MESSAGE_HINT)
+    return [dict(message) for message in messages]
+
+
+def without_oldest_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages without their oldest user turn and its replies; None when only the last one is left."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    later = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
+    return messages[:first] + messages[later[0] :] if later else None

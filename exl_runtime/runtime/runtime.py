@@ -1,0 +1,260 @@
+"""`Runtime`: an opened model with everything around it. What hobby programs embed."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from ..cache.storage import KVStorage
+from ..errors import UsageError
+from ..generation.generator import Generator
+from ..generation.request import OVERFLOWS, Request, Result
+from ..generation.stream import Event
+from ..model.transformer import Transformer
+from ..sampling.params import SamplingParams
+from ..tokenizer.template import ChatTemplate
+from ..tokenizer.tokenizer import Tokenizer
+from .prepare import Message, Preparer, Prompt, Rendered, is_batch
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from ..chat.session import ChatSession
+
+MAX_TOKENS = 256  # of a reply when the caller names no limit
+_END = object()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeInfo:
+    """What was opened and how. Sizes in bytes, context in tokens, times in seconds."""
+
+    name: str
+    path: str
+    architecture: str
+    format: str  # "exl2", "gptq", "dense", or several joined by "+"
+    bits_per_weight: float  # of the decoder layers
+    context: int
+    cache: str  # "fp32", "fp16" or "bf16"
+    backend: str  # "cpu", "cuda" or "reference"
+    device: str
+    weight_bytes: int
+    cache_bytes: int
+    load_seconds: float
+    is_demo: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeStats:
+    """Counters since the model was opened. Rates are of the time the requests themselves report."""
+
+    requests: int
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    waiting: int
+    running: int
+    pages_total: int
+    pages_held: int
+    pages_idle: int
+    weight_bytes: int
+    cache_bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+class Runtime:
+    """Made by `load`. Thread-safe: several threads may generate at once, their requests share every step.
+
+    Prompts are text, token ids, or messages ({"role": ..., "content": ...}); a list of prompts is a batch.
+    Use as a context manager, or call `close` to free the memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Transformer,
+        kv: KVStorage,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        info: RuntimeInfo,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.template = template
+        self._generator: Generator | None = Generator(model, kv, tokenizer, context=info.context)
+        self._preparer = Preparer(
+            tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
+        )
+        self._ids = itertools.count(1)
+        self._seconds = [0.0, 0.0]  # spent on prompts and on replies by finished requests
+        self._tokens = [0, 0]
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: "Prompt | Sequence[Prompt]",
+        *,
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        overflow: str = "error",
+        deadline: float | None = None,
+        logprobs: int = 0,
+    ) -> Any:
+        """Run to the end: a Result for one prompt, a list of Results for a list of prompts.
+
+        max_tokens  of the reply; None: until the context is full
+        stop        strings that end the reply; not part of the text
+        overflow    what to do when the context is too small: "error" (PromptTooLong, or stop_reason "context"),
+                    "drop" (oldest turns or tokens leave before the start), "window" (and again whenever it is full)
+        deadline    seconds, queueing included; then the reply ends with stop_reason "deadline"
+        logprobs    report the log-probability of every token and of the n best alternatives
+        Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
+        """
+        many = is_batch(prompt)
+        prompts: Sequence[Any] = prompt if many else [prompt]
+        requests = [
+            self._request(one, max_tokens, sampling, stop, overflow, deadline, logprobs) for one in prompts
+        ]
+        results = self._engine().run(requests)
+        for result in results:
+            self._count(result)
+        return results if many else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = MAX_TOKENS,
+        sampling: SamplingParams | None = None,
+        stop: str | Sequence[str] = (),
+        overflow: str = "error",
+        deadline: float | None = None,
+        logprobs: int = 0,
+    ) -> Stream:
+        """The events of one request as they happen: Started, Prefilled, Text..., Finished. Parameters as `generate`."""
+        if is_batch(prompt):
+            raise UsageError("stream takes one prompt", hint="use generate for a batch, or one stream per thread")
+        request = self._request(prompt, max_tokens, sampling, stop, overflow, deadline, logprobs)
+        return _CountingStream(self, self._engine(), request)
+
+    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Event]:
+        """`stream` for asyncio: the steps run in a worker thread. Leaving the loop early cancels the request."""
+        stream = self.stream(prompt, **options)
+        try:
+            while (event := await asyncio.to_thread(next, stream, _END)) is not _END:
+                yield event
+        finally:
+            stream.cancel()
+            await asyncio.to_thread(stream.close)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """float32 (tokens, vocab) on the CPU: after every token, the scores of the next one. Reads no cached prefix.
+
+        Raises PromptTooLong when `ids` do not fit the context, UsageError for ids the model does not have.
+        """
+        checked = self._preparer.prepare(list(ids), max_tokens=None, overflow="error").ids
+        return self._engine().logits(checked)
+
+    # --- conversations ----------------------------------------------------------------------------------------
+
+    def chat(self, system: str | None = None) -> "ChatSession":
+        """A conversation that remembers its turns; every turn reuses the cache of the ones before."""
+        from ..chat.session import ChatSession
+
+        return ChatSession(self, system=system)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> Rendered:
+        """The exact text and ids the model would see. Raises TemplateError."""
+        return self._preparer.render(messages, add_generation_prompt=add_generation_prompt)
+
+    # --- the rest ---------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> RuntimeStats:
+        """A snapshot of the counters."""
+        now = self._engine().stats
+        rates = [tokens / seconds if seconds else 0.0 for tokens, seconds in zip(self._tokens, self._seconds)]
+        return RuntimeStats(
+            requests=now.requests,
+            prompt_tokens=now.prompt_tokens,
+            reused_tokens=now.reused_tokens,
+            generated_tokens=now.generated_tokens,
+            waiting=now.waiting,
+            running=now.running,
+            pages_total=now.pages_total,
+            pages_held=now.pages_held,
+            pages_idle=now.pages_idle,
+            weight_bytes=self.info.weight_bytes,
+            cache_bytes=self.info.cache_bytes,
+            prefill_tokens_per_second=rates[0],
+            decode_tokens_per_second=rates[1],
+        )
+
+    def close(self) -> None:
+        """Free the weights and the cache. Any further call raises UsageError."""
+        self._generator = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _engine(self) -> Generator:
+        if self._generator is None:
+            raise UsageError("this runtime is closed", hint="load the model again")
+        return self._generator
+
+    def _request(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None,
+        sampling: SamplingParams | None,
+        stop: str | Sequence[str],
+        overflow: str,
+        deadline: float | None,
+        logprobs: int,
+    ) -> Request:
+        if overflow not in OVERFLOWS:
+            raise UsageError(f"unknown overflow policy {overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
+        params = sampling if sampling is not None else SamplingParams()
+        if logprobs:
+            params = replace(params, logprobs=logprobs)
+        prepared = self._preparer.prepare(prompt, max_tokens=max_tokens, overflow=overflow)
+        return Request(
+            id=f"request-{next(self._ids)}",
+            prompt=prepared.ids,
+            max_tokens=max_tokens,
+            sampling=params,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            deadline=deadline,
+            overflow=overflow,
+            dropped_turns=prepared.dropped_turns,
+            dropped_tokens=prepared.dropped_tokens,
+        )
+
+    def _count(self, result: Result) -> None:
+        self._tokens[0] += result.prompt_tokens - result.reused_tokens
+        self._tokens[1] += max(0, result.generated_tokens - 1)  # the first token comes with the prompt
+        self._seconds[0] += result.seconds_prefill
+        self._seconds[1] += result.seconds_decode
+
+
+class _CountingStream(Stream):
+    """A stream whose result enters the statistics of its runtime."""
+
+    def __init__(self, runtime: Runtime, generator: Generator, request: Request) -> None:
+        super().__init__(generator, request)
+        self._runtime = runtime
+
+    def __next__(self) -> Event:
+        event = super().__next__()
+        if self.result is not None:
+            self._runtime._count(self.result)
+        return event

@@ -1,0 +1,118 @@
+"""What would be built: the sources, their flags, the ninja file, and the key that names the result. Runs nothing."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ext.toolchain import TORCH_TARGET, Compiler, TorchFiles, is_x86_64, machine
+
+LIBRARY = "exl.so"
+SOURCE_FOLDERS = ("binding", "cpu")
+HEADER_FOLDERS = ("binding", "common", "cpu")
+
+# Never -Ofast, -ffast-math or -march=native. The first two make every library that loads beside us flush subnormal
+# numbers to zero; the last makes a cached file that dies on another CPU. Contraction is off so that results do not
+# depend on the instruction set: where a fused multiply-add is wanted, the kernel says so. (-Wno-psabi: gcc notes that
+# wide vectors are passed differently without AVX; ours never cross a translation unit.)
+COMMON_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+)
+LINK_FLAGS = ("-shared", "-pthread", "-Wl,--as-needed")
+TORCH_LIBRARIES = ("-ltorch_cpu", "-lc10")  # found at run time by name, since torch is already in the process
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+ISA_FLAGS = {  # by the last word of the file name
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One build: equal keys mean equal results."""
+
+    key: str
+    root: Path
+    sources: tuple[Path, ...]  # relative to root
+    compiler: Compiler
+    torch: TorchFiles
+
+
+def isa_of(source: Path) -> str | None:
+    """The instruction set a file asks for by its name: linear_avx2.cpp -> "avx2"; None for the baseline."""
+    last = source.stem.rsplit("_", 1)[-1]
+    return last if last in ISA_FLAGS else None
+
+
+def make_plan(root: Path, compiler: Compiler, torch: TorchFiles) -> Plan:
+    """Look at every source and header under `root`. Reads files, starts no process."""
+    sources, digest = [], hashlib.sha256()
+    release = ".".join(torch.version.split(".")[:2])  # inline code of its headers becomes part of the binary
+    for fact in (machine(), compiler.identity, TORCH_TARGET, release, *COMMON_FLAGS, *LINK_FLAGS, *TORCH_LIBRARIES):
+        digest.update(f"{fact}\0".encode())
+    digest.update(repr(sorted(ISA_FLAGS.items())).encode())
+    for folder in HEADER_FOLDERS:
+        for file in sorted((root / folder).glob("*")):
+            if file.suffix not in (".cpp", ".h"):
+                continue
+            relative = file.relative_to(root)
+            content = file.read_bytes()
+            digest.update(f"{relative.as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+            if file.suffix == ".cpp" and folder in SOURCE_FOLDERS and (is_x86_64() or isa_of(file) is None):
+                sources.append(relative)
+    return Plan(key=digest.hexdigest()[:20], root=root, sources=tuple(sources), compiler=compiler, torch=torch)
+
+
+def ninja_file(plan: Plan) -> str:
+    """The text of build.ninja, to be run in an empty folder; it leaves LIBRARY there."""
+    flags = [*COMMON_FLAGS, f"-DEXL_X86_ISA={int(is_x86_64())}"]
+    libraries = f"-L{_quote(plan.torch.library)} {' '.join(TORCH_LIBRARIES)}"
+    lines = [
+        "ninja_required_version = 1.8",
+        f"cxx = {_quote(plan.compiler.path)}",
+        f"flags = {' '.join(flags)}",
+        f"torch = -DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {_quote(plan.torch.include)}",
+        "rule compile",
+        "  command = $cxx $flags $extra -c $in -o $out",
+        "  description = compile $in",
+        "rule link",
+        f"  command = $cxx {' '.join(LINK_FLAGS)} $in -o $out {libraries}",
+        "  description = link $out",
+    ]
+    objects = []  # (comes from an instruction set, name): those last, so that the linker prefers baseline copies
+    # Slowest first, or the last compiler runs alone.
+    weight = {source: _weight(plan.root / source, set()) for source in plan.sources}
+    for source in sorted(plan.sources, key=weight.__getitem__, reverse=True):
+        target = f"{source.parts[0]}.{source.stem}.o"
+        objects.append((isa_of(source) is not None, target))
+        extra = "$torch" if source.parts[0] == "binding" else " ".join(ISA_FLAGS.get(isa_of(source) or "", ()))
+        lines += [f"build {target}: compile {_escape(str(plan.root / source))}", f"  extra = {extra}"]
+    lines += [f"build {LIBRARY}: link {' '.join(name for _, name in sorted(objects))}", f"default {LIBRARY}", ""]
+    return "\n".join(lines)
+
+
+def _weight(source: Path, seen: set[Path]) -> int:
+    """Bytes of a source and of our own headers below it: a stand-in for compile time. torch's headers weigh 15 KB."""
+    if source in seen or not source.is_file():
+        return 0
+    seen.add(source)
+    text = source.read_text(encoding="utf-8", errors="replace")
+    included = (source.parent / name for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE))
+    return len(text) + 15_000 * ("<torch/" in text) + sum(_weight(Path(os.path.normpath(i)), seen) for i in included)
+
+
+def _escape(text: str) -> str:
+    """A path in a ninja file."""
+    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _quote(path: Path | str) -> str:
+    """A path inside a command line of a ninja file."""
+    return "'" + str(path).replace("$", "$$").replace("'", "'\\''") + "'"
