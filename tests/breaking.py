@@ -366,7 +366,7 @@ def tokenizer_larger_than_model(folder: Path) -> None:
     data = json.loads(path.read_text())
     data["added_tokens"].append({**data["added_tokens"][0], "id": 2048, "content": "<|beyond|>"})
     path.write_text(json.dumps(data))
-    edit_json(folder / "config.json", eos_token_id=999_999)
+    (folder / "chat_template.jinja").write_text("<|beyond|>{{ messages[0].content }}")
 
 
 def template_breaker(name: str, text: str) -> None:

@@ -1,8 +1,12 @@
 """Fixtures that know what this machine has: the only place where a test learns that something is missing."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported anywhere: tests of small models lose more time to waking threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

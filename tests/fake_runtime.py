@@ -145,6 +145,12 @@ class FakeStream:
     def __next__(self) -> Any:
         return next(self._events)
 
+    def __enter__(self) -> "FakeStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def cancel(self) -> None:
         self._cancelled = True
 

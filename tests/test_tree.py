@@ -34,7 +34,7 @@ LAW: dict[str, set[str]] = {
 }
 LATE = {"runtime": {"chat"}}  # allowed inside a function only: rt.chat() hands out what lies above it
 TORCH_FREE = {"errors", "config", "tokenizer", "cli"}  # at import time
-FAMILIES = re.compile(r"\b(llama|gemma|qwen|mistral|mixtral|phi-?3)", re.IGNORECASE)
+FAMILIES = re.compile(r"\b(llama(?!3\b)|gemma|qwen|mistral|mixtral|phi-?3)", re.IGNORECASE)
 
 
 def tracked(*suffixes: str) -> list[Path]:

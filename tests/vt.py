@@ -4,7 +4,8 @@ import re
 
 from wcwidth import wcwidth
 
-_TOKEN = re.compile(r"\x1b\[(\??)([\d;]*)([A-Za-z])|\x1b\]([^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b(.)|([\s\S])")
+_TOKEN = re.compile(r"\x1b\[([?>]?)([\d;]*) ?([A-Za-z])|\x1b\]([^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b(\(?.)|([\s\S])")
+_CUT = re.compile(r"\x1b(?:\[[?>\d; ]*|\][^\x07]*|\()?\Z")  # a sequence whose end has not come yet
 
 
 class Terminal:
@@ -16,7 +17,8 @@ class Terminal:
         self.scrollback: list[str] = []
         self.x = self.y = 0
         self.osc: list[str] = []
-        self.writes = 0
+        self._wrap = True
+        self._held = ""
 
     def write(self, text: str) -> int:
         """So that a Terminal can stand in for a stream."""
@@ -32,8 +34,10 @@ class Terminal:
 
     def feed(self, text: str) -> None:
         """Obey the text. Unknown sequences are an error: the test should know about them."""
-        self.writes += 1
-        for private, numbers, final, osc, escape, char in _TOKEN.findall(text):
+        text = self._held + text
+        cut = _CUT.search(text)
+        self._held = cut.group() if cut else ""
+        for private, numbers, final, osc, escape, char in _TOKEN.findall(text[: len(text) - len(self._held)]):
             if final:
                 self._csi(private, [int(n or 0) for n in numbers.split(";")], final)
             elif osc:
@@ -43,7 +47,9 @@ class Terminal:
 
     def _csi(self, private: str, numbers: list[int], final: str) -> None:
         n = max(1, numbers[0])
-        if private or final == "m" or final in "nqt":
+        if private == "?" and numbers == [7]:
+            self._wrap = final == "h"
+        if private or final in "mnqt":
             return
         if final == "A":
             self.y = max(0, self.y - n)
@@ -81,6 +87,8 @@ class Terminal:
                 self.grid[self.y][max(0, self.x - 1)] += char
                 return
             if self.x + width > self.columns:
+                if not self._wrap:
+                    return
                 self.x = 0
                 self._down()
             self.grid[self.y][self.x : self.x + width] = [char, *[""] * (width - 1)]

@@ -59,7 +59,9 @@ def free_host_memory(root: Path = Path("/")) -> int:
     candidates = [_mem_available(root), *_cgroup_room(root)]
     known = [value for value in candidates if value is not None]
     if not known:
-        raise UsageError("cannot tell how much memory is free on this system", hint="give the context length: --ctx N")
+        raise UsageError(
+            "cannot tell how much memory is free on this system", hint="give the context length: --context N"
+        )
     return max(0, min(known))
 
 

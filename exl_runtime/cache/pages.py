@@ -117,7 +117,7 @@ class PageTable:
         else:
             raise CacheFull(
                 f"all {self.pages} pages ({self.pages * self.page_size} tokens) of the key/value cache are in use",
-                hint="wait for a request to finish, or raise --ctx",
+                hint="wait for a request to finish, or raise --context",
             )
         self._references[page] = 1
         self.version += 1

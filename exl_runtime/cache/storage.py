@@ -49,7 +49,7 @@ class KVStorage:
         return OutOfMemory(
             f"the key/value cache for {self.pages * geometry.page_size} tokens needs {_size(self.nbytes)}, "
             f"{_size(free)} are free on {self.device}",
-            hint=f"{fitting} tokens would fit: lower --ctx, or choose a smaller cache type (--cache fp16)",
+            hint=f"{fitting} tokens would fit: lower --context, or choose a smaller cache type (--cache fp16)",
         )
 
 

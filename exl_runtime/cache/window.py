@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SINKS = 4  # first tokens that always stay: attention leans on them (Xiao et al. 2023, "attention sinks")
+REPLY_RESERVE = 256  # tokens kept free for a reply of which no length is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,8 @@ class Cut:
 
 
 def reserve_for(context: int, max_tokens: int | None) -> int:
-    """Tokens of the context kept free for the reply: what is asked for, at most half; a quarter if unbounded."""
-    return max(1, context // 4 if max_tokens is None else min(max_tokens, context // 2))
+    """Tokens of the context kept free for the reply: what is asked for, else REPLY_RESERVE; at most a quarter."""
+    return max(1, min(REPLY_RESERVE if max_tokens is None else max_tokens, context // 4))
 
 
 def prompt_limit(context: int, max_tokens: int | None) -> int:

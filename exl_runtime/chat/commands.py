@@ -100,7 +100,7 @@ KEYS = (
 def _system(chat: Conversation, rest: str) -> None:
     session = chat.session
     if not rest:
-        chat.screen.show("no system prompt" if session.system is None else session.system)
+        chat.screen.verbatim("no system prompt" if session.system is None else session.system)
         return
     session.system = None if rest.lower() in ("none", "off") else rest
     chat.screen.notice("system prompt removed" if session.system is None else "system prompt set; it holds from now on")
@@ -224,8 +224,9 @@ def _template(chat: Conversation, rest: str) -> None:
         raise UsageError("nothing was said yet, so there is nothing to render")
     asks = messages[-1]["role"] == "user"
     rendered = chat.session.runtime.render(messages, add_generation_prompt=asks)
-    chat.screen.show(rendered.text)
-    chat.screen.notice(f"{len(rendered.ids)} tokens: " + " ".join(map(str, rendered.ids)))
+    chat.screen.verbatim(rendered.text)
+    chat.screen.notice(f"{len(rendered.ids)} tokens:")
+    chat.screen.verbatim(" ".join(map(str, rendered.ids)))
 
 
 def _tokens(chat: Conversation, rest: str) -> None:

@@ -6,7 +6,7 @@ from ..errors import ExlError
 from ..generation.request import Result
 from ..generation.stream import Dropped, Event, Finished, Started, Text
 from . import status
-from .interrupts import gentle_interrupt, quiet_keyboard
+from .interrupts import gentle_interrupt
 from .screen import Screen
 from .session import ChatSession
 
@@ -22,7 +22,7 @@ def show_reply(session: ChatSession, events: Iterator[Event], screen: Screen) ->
     spoken = False
     forgotten = len(session.forgotten)
     dropped = 0
-    with quiet_keyboard(), gentle_interrupt(session.cancel) as interrupted:
+    with gentle_interrupt(session.cancel) as interrupted:
         try:
             for event in events:
                 if isinstance(event, Started):

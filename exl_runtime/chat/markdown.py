@@ -53,6 +53,8 @@ def render_lines(source: str, console: Console, width: int) -> list[str]:
     try:
         rows = _rows(ReplyMarkdown(clean(source)), console, width)
     except Exception:  # third-party parsers and lexers, fed by a model: a reply must survive whatever they trip over
+        rows = []
+    if not any(segment.text.strip() for row in rows for segment in row):  # too deep, or a definition: show the source
         rows = _rows(Text(clean(source)), console, width)
     with console.capture() as capture:
         console.print(Segments(_safe(rows)), end="", crop=False)

@@ -5,6 +5,7 @@ Knows the session, a screen and an editor; knows nothing of loading models.
 
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TextIO
 
 from ..generation.request import Result
@@ -12,6 +13,7 @@ from ..generation.stream import Dropped, Finished, Text
 from . import status
 from .commands import Conversation, handle, message
 from .editor import Editor
+from .interrupts import quiet_keyboard
 from .screen import Screen
 from .session import ChatSession
 from .terminal import user_text
@@ -47,12 +49,17 @@ def run(session: ChatSession, screen: Screen, editor: Editor) -> None:
             continue
         interrupted = False
         try:
-            if line.strip() and not handle(chat, line):
-                text = message(line)
-                chat.reply(chat.session.stream(text) if edits is None else chat.session.stream_edit(edits, text))
+            with quiet_keyboard() if editor.drafts else nullcontext():
+                _act(chat, line, edits)
         except KeyboardInterrupt:
             interrupted = True
         interrupted, chat.interrupted = interrupted or chat.interrupted, False
+
+
+def _act(chat: Conversation, line: str, edits: int | None) -> None:
+    if line.strip() and not handle(chat, line):
+        text = message(line)
+        chat.reply(chat.session.stream(text) if edits is None else chat.session.stream_edit(edits, text))
 
 
 def run_piped(session: ChatSession, lines: Iterable[str], screen: Screen, *, verbose: bool) -> int:

@@ -15,7 +15,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from .reply import PlainReply, Reply, StyledReply
-from .terminal import Terminal, clean, clean_message
+from .terminal import Terminal, clean, clean_message, visible
 
 THEME = Theme(
     {
@@ -39,6 +39,7 @@ class Screen(Protocol):
     def warning(self, text: str) -> None: ...
     def error(self, text: str) -> None: ...
     def show(self, text: str) -> None: ...
+    def verbatim(self, text: str) -> None: ...
     def table(self, rows: Sequence[Sequence[str]], title: str = "") -> None: ...
     def copy(self, text: str) -> bool: ...
 
@@ -69,6 +70,11 @@ class PlainScreen:
     def show(self, text: str) -> None:
         """Text that was asked for."""
         self._line(text)
+
+    def verbatim(self, text: str) -> None:
+        """Text that was asked for, of any length, control characters made visible."""
+        self._err.write(visible(text) + "\n")
+        self._err.flush()
 
     def table(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Aligned columns."""
@@ -113,6 +119,10 @@ class StyledScreen:
     def show(self, text: str) -> None:
         """Text that was asked for."""
         self._print(text, "")
+
+    def verbatim(self, text: str) -> None:
+        """Text that was asked for, of any length; lines are broken by the terminal only."""
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def table(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Aligned columns; the first is the name."""

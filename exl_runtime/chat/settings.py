@@ -16,7 +16,7 @@ from ..generation.request import OVERFLOWS
 from ..sampling.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
-NOTHING = ("none", "off", "default", "null")
+NOTHING = ("none", "off", "null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +82,19 @@ def change(settings: ReplySettings, name: str, text: str) -> ReplySettings:
     """`settings` with one value replaced by what `text` says. Raises UsageError naming the setting and the value.
 
     Numbers, true/false, and names as they are; lists separated by blanks, quoted where they hold blanks ("\\n" is a
-    line break); biases as ID=NUMBER; "none" or "default" for the default.
+    line break); biases as ID=NUMBER; "default" for the default, "none" for an empty list or no value.
     """
     name = full_name(name)
     default = get_setting(ReplySettings(), name)
     kind = get_type_hints(ReplySettings if name in _own() else SamplingParams)[name]
-    value = default if text.strip().lower() in NOTHING else parse(name, kind, text)
+    word = text.strip().lower()
+    empty = default is None or isinstance(default, tuple | Mapping)
+    if word == "default":
+        value = default
+    elif word in NOTHING and empty:
+        value = () if isinstance(default, tuple) else default
+    else:
+        value = parse(name, kind, text)
     if name in _own():
         return replace(settings, **{name: value})
     return replace(settings, sampling=replace(settings.sampling, **{name: value}))

@@ -28,9 +28,14 @@ def clean_line(text: str, limit: int = 400) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+def visible(text: str) -> str:
+    """Text of any length and several lines: control characters other than newlines become visible escapes."""
+    return "\n".join(_UNSAFE_LINE.sub(_escape, line) for line in text.split("\n"))
+
+
 def clean_message(text: str, limit: int = 4000) -> str:
-    """Text of several lines (an error message): newlines stay, other control characters become visible escapes."""
-    shown = "\n".join(clean_line(line, limit) for line in text.split("\n"))
+    """`visible`, cut to `limit`: for messages that may quote a file."""
+    shown = visible(text)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

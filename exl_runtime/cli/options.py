@@ -1,7 +1,6 @@
 """Command line options that several commands share. Imports nothing heavy: `--help` must be instant."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -141,7 +140,7 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
     from ..runtime import load
     from .progress import Progress
 
-    with Progress(quiet=not args.verbose) as progress:
+    with Progress(quiet=args.verbose < 2) as progress:
         return load(
             args.model,
             device=args.device,
@@ -178,8 +177,3 @@ def add_output(parser: argparse.ArgumentParser, *, verbose: bool = True) -> None
     """-v, on every command."""
     if verbose:
         parser.add_argument("-v", "--verbose", action="count", default=0, help="more on standard error; -vv: all of it")
-
-
-def words(values: Sequence[str]) -> str:
-    """For messages: a, b, c."""
-    return ", ".join(values)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..chat.status import DEMO_LINE, status_line
 from ..chat.terminal import clean, user_text
 from ..errors import ExlError, UsageError
 from .options import (
@@ -66,15 +67,12 @@ def run(args: argparse.Namespace) -> int:
                 logprobs=args.logprobs,
             ) as events,
         ):
+            if runtime.info.is_demo and not args.json:
+                sys.stderr.write(f"exl: {DEMO_LINE}\n")
+                sys.stderr.flush()
             result = _follow(events, emit)
             if args.verbose:
-                from ..chat.status import status_line
-
                 sys.stderr.write(status_line(result, runtime.info.context) + "\n")
-            elif runtime.info.is_demo and sys.stderr.isatty():
-                from ..chat.status import DEMO_LINE
-
-                sys.stderr.write(f"exl: {DEMO_LINE}\n")
     except ExlError as err:
         if args.json:
             _write_json({"event": "error", "error": type(err).__name__, "message": str(err)})

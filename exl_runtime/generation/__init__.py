@@ -1,0 +1,8 @@
+"""From requests to replies: many at once, sharing every step and every common prefix. Knows no chat and no files.
+
+`request.py`   what is asked, what comes back, the states between   `stream.py`    events, and text up to a stop string
+`intake.py`    from a request to a sequence: limits, overflow       `stops.py`     stop ids and stop strings
+`sequence.py`  the mutable side of a request                        `scheduler.py` who runs next, in which pages
+`runner.py`    a step as one forward pass, and the draws            `engine.py`    one step after another
+`generator.py` the front: submit, cancel, stream, from any thread
+"""

@@ -7,20 +7,17 @@ back in `_retire`, the one way out, whether it finished or failed.
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..cache.pages import PageTable
 from ..cache.storage import KVStorage
+from ..cache.window import Cut
 from ..errors import CacheFull
+from ..sampling.draw import Draw
 from .request import RequestState, StopReason, TokenLogprob
 from .runner import Runner
 from .scheduler import Chunk, Scheduler, Step
 from .sequence import Sequence
 from .stream import Dropped, Event, Failed, Finished, Prefilled, Started, Text
-
-if TYPE_CHECKING:
-    from ..cache.window import Cut
-    from ..sampling import Draw
 
 
 @dataclass(slots=True)
@@ -45,7 +42,7 @@ class Engine:
         kv: KVStorage,
         *,
         context: int,
-        cut: "Callable[[int, int], Cut]",
+        cut: Callable[[int, int], Cut],
         clock: Callable[[], float],
     ) -> None:
         self.scheduler = scheduler
@@ -90,7 +87,7 @@ class Engine:
         held = self._table.pages * self._table.page_size
         return CacheFull(
             f"request {sequence.id} has {len(sequence.tokens)} tokens, the whole key/value cache holds {held}",
-            hint="raise --ctx, or shorten the prompt",
+            hint="raise --context, or shorten the prompt",
         )
 
     def _execute(self, chunks: Many[Chunk], events: list[Event]) -> None:
@@ -119,7 +116,7 @@ class Engine:
         self.scheduler.settle(sequence)
         return True
 
-    def _advance(self, sequence: Sequence, draw: "Draw", events: list[Event]) -> None:
+    def _advance(self, sequence: Sequence, draw: Draw, events: list[Event]) -> None:
         """A token was drawn: note it, turn it into text, see whether it was the last."""
         sequence.generated.append(draw.id)
         sequence.tokens.append(draw.id)

@@ -26,7 +26,7 @@ from .sequence import Sequence
 from .stream import Event, Failed, Finished
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,7 @@ class Generator:
         if not 0 < len(tokens) <= self.context:
             raise PromptTooLong(
                 f"{len(tokens)} tokens were given, the context holds 1 to {self.context}",
-                hint="give them in parts, or raise --ctx",
+                hint="give them in parts, or raise --context",
             )
         self._intake.check_ids(tokens)
         with self._own_turn():
@@ -257,8 +257,8 @@ class Generator:
     def _end_orphans(self) -> None:
         with self._inbox:
             self._admit_submitted()
-            orphans = [self._live[request_id] for request_id in self._orphans if request_id in self._live]
-            self._orphans.clear()
+            asked, self._orphans = self._orphans, set()
+            orphans = [self._live[request_id] for request_id in asked if request_id in self._live]
         events: list[Event] = []
         for sequence in orphans:
             self._engine.end(sequence, "cancelled", events)
@@ -277,9 +277,10 @@ class Generator:
         now = self._clock()
         with self._inbox:
             self._admit_submitted()
-            cancelled = [self._live[request_id] for request_id in self._cancelled if request_id in self._live]
-            self._cancelled.clear()
-            late = [sequence for sequence in self._live.values() if _is_late(sequence, now)]
+            # Exchanged, not iterated: a signal handler may call `cancel` on this very thread between two lines.
+            asked, self._cancelled = self._cancelled, set()
+            cancelled = [self._live[request_id] for request_id in asked if request_id in self._live]
+            late = [sequence for sequence in tuple(self._live.values()) if _is_late(sequence, now)]
         for sequence in cancelled:
             self._engine.end(sequence, "cancelled", events)
         for sequence in late:

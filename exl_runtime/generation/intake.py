@@ -9,16 +9,16 @@ from ..cache import window
 from ..cache.prefix import root_key
 from ..config.spec import ModelSpec
 from ..errors import PromptTooLong, UsageError
+from ..sampling.sampler import Sampler
 from .request import Request
 from .sequence import Sequence
 from .stops import StopIds
 from .stream import StopStream
 
 if TYPE_CHECKING:
-    from ..sampling import Sampler
-    from ..tokenizer import Tokenizer
+    from ..tokenizer.tokenizer import Tokenizer
 
-MakeSampler = Callable[[Request, int], "Sampler"]  # request, seed
+MakeSampler = Callable[[Request, int], Sampler]  # request, seed
 
 
 class Intake:
@@ -76,7 +76,7 @@ class Intake:
             if len(tokens) >= self.context:
                 raise PromptTooLong(
                     f"the prompt is {len(tokens)} tokens, the context holds {self.context} with at least one of reply",
-                    hint="shorten it, raise --ctx, or let old tokens go: --overflow drop or window",
+                    hint="shorten it, raise --context, or let old tokens go: --overflow drop or window",
                 )
             return tokens, 0
         limit = window.prompt_limit(self.context, request.max_tokens)
@@ -94,11 +94,11 @@ class Intake:
                 hint="the tokenizer and the model may not belong together",
             )
 
-    def _default_sampler(self, request: Request, seed: int) -> "Sampler":
-        from ..sampling import Sampler
-
+    def _default_sampler(self, request: Request, seed: int) -> Sampler:
         params = request.sampling
         breakers = frozenset[int]()
         if params.dry_multiplier:
             breakers = self.tokenizer.ids_containing(params.dry_sequence_breakers)
-        return Sampler(params, vocab_size=self.spec.vocab_size, seed=seed, dry_breaker_ids=breakers)
+        return Sampler(
+            params, vocab_size=self.spec.vocab_size, seed=seed, dry_breaker_ids=breakers, eos_ids=self.eos_ids
+        )

@@ -7,7 +7,7 @@ sequences at fault are lost: running a chunk twice writes the same keys and valu
 import logging
 import math
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,14 +16,12 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
 from ..model.batch import ForwardBatch
+from ..sampling.draw import Draw
 from .scheduler import Chunk
-
-if TYPE_CHECKING:
-    from ..sampling import Draw
 
 log = logging.getLogger(__name__)
 
-Outcome: TypeAlias = "Draw | Exception | None"  # None: computed, and no token was wanted yet
+Outcome: TypeAlias = Draw | Exception | None  # None: computed, and no token was wanted yet
 
 
 class Model(Protocol):
@@ -56,6 +54,7 @@ class Runner:
                 return [_explain(err, chunks[0])]
             log.warning("a pass over %d sequences failed (%s); running them one at a time", len(chunks), err)
             return [outcome for chunk in chunks for outcome in self.run([chunk])]
+        logits = logits.cpu()  # once for all rows; drawing happens there
         finite = _finite_rows(logits)
         outcomes: list[Outcome] = []
         row = 0

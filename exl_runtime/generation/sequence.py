@@ -1,16 +1,13 @@
 """The mutable side of a request: its tokens, its pages, how far it got. Decides nothing."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..cache.pages import PageCopy
+from ..sampling.sampler import Sampler
+from ..tokenizer.detokenizer import Detokenizer
 from .request import Request, RequestState, Result, StopReason, TokenLogprob, check_transition
 from .stops import StopIds
 from .stream import StopStream
-
-if TYPE_CHECKING:
-    from ..sampling import Sampler
-    from ..tokenizer import Detokenizer
 
 
 @dataclass(slots=True, eq=False)
@@ -31,8 +28,8 @@ class Sequence:
     root: bytes
     rope_length: int
     limit: int  # most tokens to generate
-    sampler: "Sampler"
-    detokenizer: "Detokenizer"
+    sampler: Sampler
+    detokenizer: Detokenizer
     stop_ids: StopIds
     stop_text: StopStream
     submitted: float

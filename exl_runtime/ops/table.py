@@ -48,7 +48,7 @@ def _reference() -> OpSet:
 
 def _cpu() -> OpSet:
     from . import cpu_small, native
-    from .attention.reference import paged_attention
+    from .attention.cpu import paged_attention
 
     native.ensure_loaded()
     return OpSet(

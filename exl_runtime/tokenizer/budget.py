@@ -1,4 +1,4 @@
-"""The allowance of one template rendering: how big a value may get, how much may be done, how long it may take.
+"""The allowance of one template rendering: how big a value may get, how much may be done and made, how long it takes.
 
 Values inside a sandboxed template cannot be changed once made, so checking every value where it is made keeps all
 of them small; then no single operation can be long, and counting operations bounds the whole.
@@ -6,12 +6,12 @@ of them small; then no single operation can be long, and counting operations bou
 
 import time
 from collections.abc import ItemsView, KeysView, ValuesView
+from sys import getsizeof
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 NODE = 16  # weight of anything that is not a character: an element, a number
-TICK = 32  # price of one step (a loop turn, a call, a filter, an operator)
 MAX_HEIGHT = 100  # nesting of lists and mappings
 MAX_INT_BITS = 4096
 _CONTAINERS = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
@@ -25,51 +25,58 @@ class Budget:
     """Weights are in characters of text, NODE per element. A list that holds a list twice weighs it twice, as
     printing or comparing it would cost."""
 
-    def __init__(self, *, value_limit: int, fuel: int, seconds: float) -> None:
-        """value_limit: largest weight of one value; fuel: sum of all steps and new values; seconds: of wall time."""
+    def __init__(self, *, value_limit: int, steps: int, memory: int, seconds: float) -> None:
+        """value_limit: largest weight of one value; steps: loop turns, calls, filters and operators in all;
+        memory: bytes of all values ever made; seconds: of wall time."""
         self.value_limit = value_limit
-        self._fuel = fuel
-        self._deadline = time.monotonic() + seconds
+        self._steps = steps
+        self._memory = memory
         self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
         # id -> (value, weight, height); holding the value keeps its id from being used again
         self._known: dict[int, tuple[Any, int, int]] = {}
 
     @classmethod
     def for_input(cls, weight: int) -> "Budget":
-        """An allowance that grows with the conversation: real templates read a message a few dozen times."""
+        """An allowance that grows with the conversation: some real templates build its text by appending to a copy."""
         return cls(
-            value_limit=2**22 + 4 * weight, fuel=2**25 + 128 * weight, seconds=3.0 + min(weight, 2**25) / 2**20
+            value_limit=2**22 + 4 * weight,
+            steps=2**20 + 32 * weight,
+            memory=2**28 + 2**11 * weight,
+            seconds=3.0 + min(weight / 2**18, 27.0),
         )
 
     def tick(self) -> None:
-        self.charge(TICK)
-
-    def charge(self, cost: int) -> None:
-        self._fuel -= cost
-        if self._fuel < 0:
-            raise LimitExceeded("it takes too many steps or makes too much text")
+        """Pay for one step."""
+        self._steps -= 1
+        if self._steps < 0:
+            raise LimitExceeded("it takes too many steps")
         if time.monotonic() > self._deadline:
             raise LimitExceeded(f"it takes longer than {self._seconds:.0f} s")
+
+    def allocate(self, size: int) -> None:
+        """Pay for `size` bytes."""
+        self._memory -= size
+        if self._memory < 0:
+            raise LimitExceeded("it makes too much text")
 
     def require(self, weight: int) -> None:
         """Refuse a value that would weigh this much, before it is made."""
         if weight > self.value_limit:
-            raise LimitExceeded(f"it makes a value of about {weight} characters, the limit is {self.value_limit}")
+            raise LimitExceeded(f"it makes a value of {weight} characters, the limit is {self.value_limit}")
 
     def admit(self, value: T) -> T:
         """Check a new value, pay for it and a step, and hand it on."""
-        kind = type(value)
-        if kind is str:
+        self.tick()
+        if isinstance(value, str):
             self.require(len(value))
-            self.charge(TICK + len(value))
-        elif value is None or kind is bool:
-            self.tick()
-        else:
+            self.allocate(getsizeof(value))
+        elif value is not None and not isinstance(value, bool):
             self.require(self.weigh(value))
-            self.charge(TICK + (len(value) if isinstance(value, (str, *_CONTAINERS)) else NODE))
         return value
 
     def weigh(self, value: Any) -> int:
+        """The weight of `value`; pays for the containers in it that were not seen before."""
         return self._measure(value, 0)[0]
 
     def _measure(self, value: Any, level: int) -> tuple[int, int]:
@@ -88,16 +95,16 @@ class Budget:
             return known[1], known[2]
         if level > MAX_HEIGHT:
             raise LimitExceeded(f"it nests values more than {MAX_HEIGHT} deep")
-        weight, height = NODE, 0
-        items = value.items() if isinstance(value, dict) else value
-        for item in items:
-            # a pair of a mapping is not kept, so it is looked into rather than remembered
-            parts = item if isinstance(value, (dict, ItemsView)) else (item,)
-            for part in parts:
-                inner_weight, inner_height = self._measure(part, level + 1)
-                weight += NODE + inner_weight
-                height = max(height, inner_height)
+        weight, height, texts = NODE, 0, 0
+        for item in value.items() if isinstance(value, dict) else value:
+            # the pair of a mapping is a passing object, so it is looked into rather than remembered
+            for part in item if isinstance(value, (dict, ItemsView)) else (item,):
+                part_weight, part_height = self._measure(part, level + 1)
+                weight += NODE + part_weight
+                height = max(height, part_height)
+                texts += getsizeof(part) if isinstance(part, str) else 0
         if height >= MAX_HEIGHT:
             raise LimitExceeded(f"it nests values more than {MAX_HEIGHT} deep")
+        self.allocate(getsizeof(value) + texts)
         self._known[id(value)] = (value, weight, height + 1)
         return weight, height + 1

@@ -5,6 +5,7 @@ rule depends on the class named in tokenizer_config.json), and tokenizer.model (
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import TokenizerError
-from .files import read_json, read_text
+from .files import exists, read_json, read_text
 from .special import SpecialTokens
 
 T = TypeVar("T")
@@ -25,16 +26,16 @@ MAX_ID = 2**24  # ids beyond this are a broken file: tables are sized by the lar
 
 def build_backend(folder: Path, special: SpecialTokens) -> tokenizers.Tokenizer:
     """The tokenizer of `folder`, declared tokens included. Raises TokenizerError naming the file at fault."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise TokenizerError(f"{folder} is not a folder", hint="give the folder that holds tokenizer.json")
     path = folder / "tokenizer.json"
-    if path.exists():
+    if exists(path):
         text = read_text(path)
         backend = guarded(lambda: tokenizers.Tokenizer.from_str(text), f"{path} is not a usable tokenizer")
-    elif (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
+    elif exists(folder / "vocab.json") or exists(folder / "merges.txt"):
         path = folder / "vocab.json"
         backend = _from_vocab_and_merges(folder, special)
-    elif (folder / "tokenizer.model").exists():
+    elif exists(folder / "tokenizer.model"):
         raise TokenizerError(
             f"{folder} holds only tokenizer.model (sentencepiece); tokenizer.json is needed",
             hint="convert it once, with transformers, sentencepiece and protobuf installed: "

@@ -4,6 +4,7 @@ Knows nothing of tokenizers or templates; the caller names the error class that 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from ..errors import ExlError, TokenizerError
 
 MAX_BYTES = 256 * 2**20  # the largest public tokenizer.json is below 40 MiB
 _LFS = "version https://git-lfs"
+
+
+def exists(path: Path) -> bool:
+    """Whether `path` is there; what cannot be looked at counts as absent."""
+    return os.path.exists(path)
 
 
 def read_text(path: Path, error: type[ExlError] = TokenizerError, *, limit: int = MAX_BYTES) -> str:
@@ -48,4 +54,4 @@ def read_json(path: Path, error: type[ExlError] = TokenizerError) -> dict[str, A
 
 def read_optional_json(path: Path, error: type[ExlError] = TokenizerError) -> dict[str, Any]:
     """Like `read_json`, but an absent file reads as an empty object."""
-    return read_json(path, error) if path.exists() else {}
+    return read_json(path, error) if exists(path) else {}

@@ -21,9 +21,11 @@ def plain_value(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return {plain_value(k, where, depth + 1): plain_value(v, where, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(plain_value(item, where, depth + 1) for item in value) if type(value) in (list, tuple) else [
-            plain_value(item, where, depth + 1) for item in value
-        ]
+        return (
+            type(value)(plain_value(item, where, depth + 1) for item in value)
+            if type(value) in (list, tuple)
+            else [plain_value(item, where, depth + 1) for item in value]
+        )
     raise TemplateError(f"{where}: a template can take texts, numbers, lists and mappings, not {type(value).__name__}")
 
 

@@ -30,6 +30,12 @@ _OPERATORS = {
     "**": operator.pow,
 }
 OPERATORS = frozenset(_OPERATORS)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _PERCENT = re.compile(r"%(?:\([^()]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+)?)?[hlL]?(.)", re.DOTALL)
 _DIGITS = re.compile(r"\d+")
 
@@ -167,9 +173,11 @@ def _pre_list(budget: Budget, value: Any) -> tuple[Any, ...]:
 
 # name -> a check that returns the arguments, or None where the result cannot outgrow the input by much
 _FILTERS: dict[str, Callable[..., tuple[Any, ...]] | None] = dict.fromkeys(
-    "abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby items last "
-    "length lower map max min random reject rejectattr reverse safe select selectattr sort string title truncate "
-    "unique upper urlencode wordcount".split()
+    _names(
+        "abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby items "
+        "last length lower map max min random reject rejectattr reverse safe select selectattr sort string title "
+        "truncate unique upper urlencode wordcount"
+    )
 )
 _FILTERS |= {
     "batch": _pre_columns,
@@ -248,7 +256,7 @@ def _tojson(
         return budget.admit(encoder.encode(value))
     chunks = []
     for chunk in encoder.iterencode(value):
-        budget.charge(1 + len(chunk))
+        budget.allocate(len(chunk))
         chunks.append(chunk)
     return budget.admit("".join(chunks))
 
@@ -263,11 +271,11 @@ def guarded_filters() -> dict[str, Callable[..., Any]]:
 # methods
 
 _SAFE_METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
+    str: _names(
         "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal "
         "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
         "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith "
-        "strip swapcase title upper zfill".split()
+        "strip swapcase title upper zfill"
     ),
     dict: frozenset({"copy", "get", "items", "keys", "values"}),
     list: frozenset({"copy", "count", "index"}),

@@ -83,7 +83,7 @@ class _Code(CodeGenerator):
     def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
         text = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
         if text:
-            self.writeline(f"environment.charge({text})", node)
+            self.writeline(f"environment.allocate({text})", node)
         super().visit_Output(node, frame)
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
@@ -132,7 +132,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         )
         self.budget = budget
         self.tick = budget.tick
-        self.charge = budget.charge
+        self.allocate = budget.allocate
         self._depth = 0
         self.filters = _FILTERS
         self.globals = {
@@ -177,7 +177,6 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> None:
         """Formatting methods stay what they are here; `call` is the only way to run one, and handles them."""
-        return None
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.tick()

@@ -4,6 +4,7 @@ The template comes with the model and is code: it runs in the sandbox of sandbox
 texts; knows no token ids except to hand the result to the tokenizer it was opened with.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from ..errors import NoTemplate, TemplateError, UsageError
 from . import protect
 from .budget import Budget, LimitExceeded
-from .files import read_json, read_text
+from .files import exists, read_json, read_text
 from .messages import fold_system, plain_messages, plain_value
 from .sandbox import GuardedEnvironment, Refusal
 from .tokenizer import Tokenizer
@@ -52,20 +53,22 @@ class ChatTemplate:
         """
         folder = Path(folder)
         path = folder / "chat_template.jinja"
-        if path.exists():
+        if exists(path):
             sources = {"default": read_text(path, TemplateError)}
             for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
                 sources[extra.stem] = read_text(extra, TemplateError)
             return cls(sources, tokenizer, where=str(path))
         for name in ("tokenizer_config.json", "chat_template.json"):
             path = folder / name
-            value = read_json(path, TemplateError).get("chat_template") if path.exists() else None
+            value = read_json(path, TemplateError).get("chat_template") if exists(path) else None
             if value is not None:
                 return cls(_named(value, path), tokenizer, where=f"{path} (chat_template)")
         raise NoTemplate(f"{folder} has no chat template", hint=_NO_TEMPLATE_HINT)
 
     @classmethod
-    def from_text(cls, source: str, tokenizer: Tokenizer | None = None, *, where: str = "the template") -> "ChatTemplate":
+    def from_text(
+        cls, source: str, tokenizer: Tokenizer | None = None, *, where: str = "the template"
+    ) -> "ChatTemplate":
         """A template given as Jinja text."""
         return cls({"default": source}, tokenizer, where=where)
 
@@ -113,8 +116,8 @@ class ChatTemplate:
         try:
             return self._render(messages, generate, tools, extra, controls)
         except TemplateError as err:
-            has_system = any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages)
-            if err.hint is None and has_system and isinstance(err.__cause__, Refusal) and not self.supports_system:
+            refused = isinstance(err.__cause__, Refusal)
+            if refused and any(message.get("role") == "system" for message in messages) and not self.supports_system:
                 raise TemplateError(err.problem, hint=_FOLD_HINT) from err.__cause__
             raise
 
@@ -148,7 +151,7 @@ def _named(value: Any, path: Path) -> dict[str, str]:
         raise TemplateError(f"{path}: chat_template must be a text or a list of named texts")
     if "default" not in value:
         raise TemplateError(
-            f"{path} has chat templates named {', '.join(sorted(value))}, and none of them is \"default\"",
+            f'{path} has chat templates named {", ".join(sorted(value))}, and none of them is "default"',
             hint="copy the one to use into chat_template.jinja",
         )
     return value
@@ -170,7 +173,7 @@ def _compile(source: str, where: str) -> CodeType:
 
 
 def _run(code: CodeType, variables: dict[str, Any], where: str) -> str:
-    budget = Budget.for_input(Budget(value_limit=0, fuel=0, seconds=0).weigh(variables))
+    budget = Budget.for_input(_weight(variables))
     env = GuardedEnvironment(budget)
     template = Template.from_code(env, code, env.make_globals(None))
     try:
@@ -181,7 +184,9 @@ def _run(code: CodeType, variables: dict[str, Any], where: str) -> str:
             chunks.append(chunk)
         return "".join(chunks)
     except Refusal as err:
-        raise TemplateError(f"the chat template refused the conversation: {err} ({_place(err, template, where)})") from err
+        raise TemplateError(
+            f"the chat template refused the conversation: {err} ({_place(err, template, where)})"
+        ) from err
     except LimitExceeded as err:
         raise TemplateError(f"the chat template was stopped: {err} ({_place(err, template, where)})") from err
     except (RecursionError, MemoryError) as err:
@@ -190,6 +195,10 @@ def _run(code: CodeType, variables: dict[str, Any], where: str) -> str:
         raise TemplateError(
             f"the chat template failed: {type(err).__name__}: {err} ({_place(err, template, where)})"
         ) from err
+
+
+def _weight(variables: dict[str, Any]) -> int:
+    return Budget(value_limit=0, steps=0, memory=sys.maxsize, seconds=0).weigh(variables)
 
 
 def _place(err: BaseException, template: Template, where: str) -> str:

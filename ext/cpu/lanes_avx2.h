@@ -57,9 +57,9 @@ EXL_INLINE Part256 times_power(Part256 a, Part256 t) {
   return {_mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(t.v), 23)))};
 }
-// a where x >= limit, else +0.
-EXL_INLINE Part256 zero_below(Part256 a, Part256 x, Part256 limit) {
-  return {_mm256_and_ps(a.v, _mm256_cmp_ps(x.v, limit.v, _CMP_GE_OQ))};
+// x < limit ? yes : no, so `no` where x is NaN.
+EXL_INLINE Part256 below(Part256 x, Part256 limit, Part256 yes, Part256 no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, limit.v, _CMP_LT_OQ))};
 }
 
 }  // namespace

@@ -66,9 +66,9 @@ EXL_INLINE Part512 times_power(Part512 a, Part512 t) {
   return {_mm512_castsi512_ps(
       _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
 }
-// a where x >= limit, else +0.
-EXL_INLINE Part512 zero_below(Part512 a, Part512 x, Part512 limit) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_GE_OQ), a.v)};
+// x < limit ? yes : no, so `no` where x is NaN.
+EXL_INLINE Part512 below(Part512 x, Part512 limit, Part512 yes, Part512 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), no.v, yes.v)};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Elementary functions over Lanes. Only multiplications, additions and one division in a fixed order, so AVX2 and
+// Elementary functions over Lanes. NaN stays NaN. Only multiplications, additions and one division in a fixed order, so AVX2 and
 // AVX-512 agree to the bit. Internal linkage, see isa.h.
 #pragma once
 
@@ -17,7 +17,7 @@ EXL_INLINE Lanes<P> exp_lanes(const Lanes<P>& x) {
   const L shifted = fma(x, L::all(1.44269504f), magic);
   const L n = shifted - magic;
   // ln 2 in two parts: the first has few enough bits that n times it is exact.
-  const L r = fma(n, L::all(1.42860677e-6f), fma(n, L::all(-0.693148613f), x));
+  const L r = fma(n, L::all(-1.42860677e-6f), fma(n, L::all(-0.693145752f), x));
   L p = L::all(1.0f / 5040.0f);
   p = fma(p, r, L::all(1.0f / 720.0f));
   p = fma(p, r, L::all(1.0f / 120.0f));
@@ -26,10 +26,9 @@ EXL_INLINE Lanes<P> exp_lanes(const Lanes<P>& x) {
   p = fma(p, r, L::all(0.5f));
   p = fma(p, r, L::all(1.0f));
   p = fma(p, r, L::all(1.0f));
-  const L limit = L::all(-87.0f);
   L out;
   EXL_UNROLL for (int i = 0; i < L::parts; ++i) {
-    out.part[i] = zero_below(times_power(p.part[i], shifted.part[i]), x.part[i], limit.part[i]);
+    out.part[i] = below(x.part[i], P::all(-87.0f), P::all(0.0f), times_power(p.part[i], shifted.part[i]));
   }
   return out;
 }
@@ -45,15 +44,13 @@ EXL_INLINE Lanes<P> tanh_lanes(const Lanes<P>& x) {
   const L top = fma(square, fma(square, square + L::all(378.0f), L::all(17325.0f)), L::all(135135.0f));
   const L bottom = fma(square, fma(square, fma(square, L::all(28.0f), L::all(3150.0f)), L::all(62370.0f)), L::all(135135.0f));
   const L near = x * top / bottom;
-  const L bounded = zero - maximum(zero - size, L::all(-10.0f));  // tanh 10 rounds to 1
+  const L bounded = zero - maximum(L::all(-10.0f), zero - size);  // tanh 10 rounds to 1
   const L away = one - L::all(2.0f) / (exp_lanes(bounded + bounded) + one);
+  const L negative = zero - away;
   L out;
   EXL_UNROLL for (int i = 0; i < L::parts; ++i) {
-    const P positive = zero_below(away.part[i], x.part[i], zero.part[i]);
-    const P negative = zero_below(away.part[i], (zero - x).part[i], zero.part[i]);
-    const P inside = zero_below(near.part[i], (one - size).part[i], zero.part[i]);
-    const P outside = zero_below(positive - negative, (size - one).part[i], one.part[i] * P::all(1.0e-30f));
-    out.part[i] = inside + outside;
+    const P sign = below(x.part[i], zero.part[i], negative.part[i], away.part[i]);
+    out.part[i] = below(size.part[i], one.part[i], near.part[i], sign);
   }
   return out;
 }

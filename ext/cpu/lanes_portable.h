@@ -59,9 +59,9 @@ EXL_INLINE Part128 round_half(Part128 a) {
 EXL_INLINE Part128 times_power(Part128 a, Part128 t) {
   return each([&](int i) { return bits_to_float(float_to_bits(a.v[i]) + (float_to_bits(t.v[i]) << 23)); });
 }
-// a where x >= limit, else +0.
-EXL_INLINE Part128 zero_below(Part128 a, Part128 x, Part128 limit) {
-  return each([&](int i) { return x.v[i] >= limit.v[i] ? a.v[i] : 0.0f; });
+// x < limit ? yes : no, so `no` where x is NaN.
+EXL_INLINE Part128 below(Part128 x, Part128 limit, Part128 yes, Part128 no) {
+  return each([&](int i) { return x.v[i] < limit.v[i] ? yes.v[i] : no.v[i]; });
 }
 
 }  // namespace

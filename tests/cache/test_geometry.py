@@ -86,5 +86,5 @@ def test_used_more_than_the_limit(tmp_path: Path) -> None:
 
 
 def test_unknown_system(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--ctx"):
+    with pytest.raises(UsageError, match="--context"):
         free_host_memory(tmp_path)

@@ -165,6 +165,25 @@ def test_forget_spares_what_others_have() -> None:
     table.check()
 
 
+def test_forget_spares_what_something_idle_follows() -> None:
+    table = PageTable(8, page_size=2)
+    mine = fill(table, [1, 1, 2, 2])
+    table.release(fill(table, [1, 1, 3, 3]))
+    table.release(mine, forget=True)
+    table.check()
+    assert reused(table, [1, 1, 3, 3]) == 4 and reused(table, [1, 1, 2, 2]) == 2
+
+
+def test_finding_the_same_again_renews_it() -> None:
+    table = PageTable(4, page_size=2)
+    first, second = fill(table, [1]), fill(table, [5])
+    table.release(first)
+    table.release(second)
+    table.release(fill(table, [1]))  # a beginning of what is there: its page is not kept, the other is renewed
+    taken = [table.take() for _ in range(4)]
+    assert taken.index(second[0]) < taken.index(first[0])
+
+
 def test_clear() -> None:
     table = PageTable(4, page_size=2)
     held = fill(table, [1, 1])

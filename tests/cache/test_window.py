@@ -8,8 +8,8 @@ from exl_runtime.cache.window import cut, prompt_limit, reserve_for, slack, turn
 
 def test_reserve() -> None:
     assert reserve_for(4096, 200) == 200
-    assert reserve_for(4096, None) == 1024
-    assert reserve_for(4096, 100_000) == 2048
+    assert reserve_for(4096, None) == 256
+    assert reserve_for(4096, 100_000) == 1024
     assert reserve_for(2, None) == 1
     assert prompt_limit(4096, 200) == 3896
     assert prompt_limit(2, 5) == 1

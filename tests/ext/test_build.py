@@ -229,10 +229,11 @@ def test_waiting_ends_at_the_timeout_with_the_owner_in_the_message(tiny: Setting
 
 
 def test_a_build_that_takes_too_long_is_ended(tiny: Settings) -> None:
-    tiny = slow_down(tiny, 5)
+    tiny, started = slow_down(tiny, 6), time.monotonic()
     with pytest.raises(BuildError, match=r"did not finish in time .*log: ") as caught:
         build(dataclasses.replace(tiny, timeout=0.3), quiet)
     assert "hint" in str(caught.value)
+    assert time.monotonic() - started < 5  # the compiler was ended, not awaited
     assert not list(tiny.cache.glob(f"{caches.PARTIAL}*")) and not held(tiny.cache / caches.LOCK)
 
 

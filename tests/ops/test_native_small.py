@@ -276,6 +276,13 @@ def test_sample_min_p_inverts_the_exact_distribution(isa: str) -> None:
     assert counts[kept == 0].sum() == 0 and (kept == 0).sum() == 3
 
 
+def test_a_quantile_on_a_boundary_takes_the_next_token() -> None:
+    logits = torch.zeros(4)
+    for u, wanted in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1 - 2**-53, 3)):
+        assert sample.sample_min_p(logits, temperature=1.0, min_p=0.0, u=u) == wanted
+        assert sample.sample_min_p_reference(logits, temperature=1.0, min_p=0.0, u=u) == wanted
+
+
 def test_a_large_vocabulary_draws_the_edges() -> None:
     logits = random((128_256,), scale=2.0)
     for u in (0.0, 0.5, 1 - 2**-53):

@@ -1,6 +1,7 @@
 """Rotary embeddings: the same float32 bits as transformers, and the right rotation."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -88,6 +89,32 @@ def test_yarn(truncate: bool, beta_fast: float, beta_slow: float, factor: float,
             truncate=truncate,
         )
         assert same_bits(ours, expected)
+
+
+def test_yarn_whose_ramp_has_no_width() -> None:
+    turns = 4096 / (2 * math.pi)  # both ends of the ramp fall on pair 0
+    cfg = config(
+        64,
+        10000.0,
+        8192,
+        rope_type="yarn",
+        factor=2.0,
+        original_max_position_embeddings=4096,
+        beta_fast=turns,
+        beta_slow=turns,
+        truncate=False,
+    )
+    ours = frequencies(
+        kind="yarn",
+        theta=10000.0,
+        rotary_dim=64,
+        factor=2.0,
+        original_context=4096,
+        beta_fast=turns,
+        beta_slow=turns,
+        truncate=False,
+    )
+    assert ours.isfinite().all() and same_bits(ours, theirs(cfg)[0])
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -5,10 +5,13 @@ import torch
 from ...errors import BackendUnavailable
 from ...formats.base import QuantFormat
 from .base import LinearKernel
+from .dense_cpu import DenseCpu
+from .exl2_cpu import Exl2Cpu
+from .gptq_cpu import GptqCpu
 from .reference import Reference
 
 # Best first; the first that does not refuse is taken. Native kernels stand before Reference.
-KERNELS: tuple[type[LinearKernel], ...] = (Reference,)
+KERNELS: tuple[type[LinearKernel], ...] = (Exl2Cpu, GptqCpu, DenseCpu, Reference)
 
 
 def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> LinearKernel:

@@ -1,0 +1,88 @@
+// Attention over the paged cache. Contract: cpu/attention.h.
+#include "../cpu/attention.h"
+
+#include <cmath>
+#include <limits>
+
+#include "checks.h"
+
+namespace exl {
+namespace {
+
+constexpr const char* kOp = "paged_attention";
+
+// Every page that will be read exists, and every sequence has a key for each of its queries.
+void check_tables(const AttentionArgs& a, int64_t tokens, int64_t pages) {
+  EXL_CHECK(a.q_starts[0] == 0 && a.q_starts[a.sequences] == tokens, "exl::", kOp, ": q_starts must run from 0 to ", tokens,
+            " rows of q, got ", a.q_starts[0], " to ", a.q_starts[a.sequences]);
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t rows = int64_t(a.q_starts[s + 1]) - a.q_starts[s], length = a.kv_lengths[s];
+    EXL_CHECK(rows >= 0, "exl::", kOp, ": q_starts decreases at sequence ", s);
+    if (rows == 0) continue;
+    EXL_CHECK(length >= rows && length <= a.table_width * a.page_size, "exl::", kOp, ": sequence ", s, " has ", rows,
+              " queries, ", length, " keys and room for ", a.table_width * a.page_size, " in its pages");
+    const int64_t index = length - rows, oldest = index < a.window ? 0 : index - a.window + 1;
+    for (int64_t p = oldest / a.page_size; p <= (length - 1) / a.page_size; ++p) {
+      const int32_t page = a.page_table[s * a.table_width + p];
+      EXL_CHECK(page >= 0 && page < pages, "exl::", kOp, ": sequence ", s, " wants page ", page, " of ", pages);
+    }
+  }
+}
+
+Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& q_starts,
+                          const Tensor& kv_lengths, const Tensor& pages, double scale, std::optional<int64_t> window,
+                          std::optional<double> softcap) {
+  check_cpu(kOp, "q", q, ScalarType::Float);
+  check_shape(kOp, "q", q, {-1, -1, -1});
+  const Dtype dtype = check_cpu_float(kOp, "k_pages", k_pages);
+  check_cpu(kOp, "v_pages", v_pages, k_pages.scalar_type());
+  check_shape(kOp, "k_pages", k_pages, {-1, -1, -1, q.size(2)});
+  check_shape(kOp, "v_pages", v_pages, {k_pages.size(0), k_pages.size(1), k_pages.size(2), q.size(2)});
+  check_cpu(kOp, "q_starts", q_starts, ScalarType::Int);
+  check_cpu(kOp, "kv_lengths", kv_lengths, ScalarType::Int);
+  check_cpu(kOp, "pages", pages, ScalarType::Int);
+  check_shape(kOp, "kv_lengths", kv_lengths, {-1});
+  const int64_t sequences = kv_lengths.size(0);
+  check_shape(kOp, "q_starts", q_starts, {sequences + 1});
+  check_shape(kOp, "pages", pages, {sequences, -1});
+
+  AttentionArgs a{};
+  a.heads = q.size(1);
+  a.head_dim = q.size(2);
+  a.page_size = k_pages.size(1);
+  a.kv_heads = k_pages.size(2);
+  EXL_CHECK(a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0, "exl::", kOp, ": ", a.heads,
+            " query heads are not a multiple of ", a.kv_heads, " key/value heads");
+  EXL_CHECK(a.head_dim > 0 && a.page_size > 0, "exl::", kOp, ": empty heads or pages, got ", describe(k_pages));
+  a.window = window.value_or(std::numeric_limits<int64_t>::max());
+  EXL_CHECK(a.window > 0, "exl::", kOp, ": window must be positive or None, got ", a.window);
+  a.softcap = float(softcap.value_or(0.0));
+  EXL_CHECK(!softcap.has_value() || (std::isfinite(a.softcap) && a.softcap > 0), "exl::", kOp,
+            ": softcap must be positive or None, got ", *softcap);
+  a.scale = float(scale);
+  a.sequences = sequences;
+  a.table_width = pages.size(1);
+  a.dtype = dtype;
+  a.q_starts = static_cast<const int32_t*>(q_starts.data_ptr());
+  a.kv_lengths = static_cast<const int32_t*>(kv_lengths.data_ptr());
+  a.page_table = static_cast<const int32_t*>(pages.data_ptr());
+  check_tables(a, q.size(0), k_pages.size(0));
+  a.q = static_cast<const float*>(q.data_ptr());
+  a.k_pages = k_pages.data_ptr();
+  a.v_pages = v_pages.data_ptr();
+  Tensor out = empty_like_cpu(q);
+  a.out = static_cast<float*>(out.data_ptr());
+  paged_attention_cpu(a);
+  return out;
+}
+
+}  // namespace
+}  // namespace exl
+
+STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
+  m.def(
+      "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor q_starts, Tensor kv_lengths, Tensor pages, "
+      "float scale, int? window, float? softcap) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("paged_attention", TORCH_BOX(&exl::op_paged_attention)); }

@@ -1,0 +1,212 @@
+// Paged attention: cuts the queries into blocks and the keys into chunks, and shares the work among threads. None of
+// that changes a result, see attention.h.
+#include "attention.h"
+
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "attention_isa.h"
+#include "isa.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace exl {
+namespace {
+
+const AttentionIsa& chosen() {
+#if EXL_X86_ISA
+  if (isa() == Isa::avx512) return attention_avx512();
+  if (isa() == Isa::avx2) return attention_avx2();
+#endif
+  return attention_portable();
+}
+
+// Consecutive query rows of one sequence and one key/value head. Row n of a (sequence, head) is query head n % group of
+// that key/value head at token n / group, so that the heads that share keys lie together.
+struct Item {
+  int64_t sequence;
+  int64_t kv_head;
+  int64_t row;   // first
+  int64_t rows;  // 1 .. kMostRows
+  int64_t first_chunk, last_chunk;
+};
+
+// One chunk of one item, to be merged later.
+struct Part {
+  int64_t item;
+  int64_t chunk;
+};
+
+class Job {
+ public:
+  explicit Job(const AttentionArgs& args)
+      : a_(args), kernels_(chosen()), group_(args.heads / args.kv_heads), padded_((args.head_dim + 15) / 16 * 16) {
+    for (int64_t s = 0; s < a_.sequences; ++s) {
+      const int64_t rows = (a_.q_starts[s + 1] - a_.q_starts[s]) * group_;
+      for (int64_t row = 0; row < rows; row += kMostRows) {
+        Item item{s, 0, row, rows - row < kMostRows ? rows - row : kMostRows, 0, 0};
+        item.first_chunk = oldest(index_of(item, 0)) / kChunk;
+        item.last_chunk = index_of(item, item.rows - 1) / kChunk;
+        for (item.kv_head = 0; item.kv_head < a_.kv_heads; ++item.kv_head) items_.push_back(item);
+      }
+    }
+  }
+
+  void run() {
+    const int64_t team = threads(), items = int64_t(items_.size());
+    const bool few_items = team > 1 && items < 4 * team;
+    std::vector<int64_t> whole, first_part(size_t(items), -1);
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < items; i += a_.kv_heads) {  // the heads of one block of queries
+      const Item& item = items_[size_t(i)];
+      const int64_t end = i + a_.kv_heads;
+      if (item.rows > kFewRows && !few_items) {
+        for (int64_t head = i; head < end; ++head) whole.push_back(head);
+        continue;
+      }
+      // Chunk by chunk, all heads of a chunk together: the heads' keys interleave in memory, and a walk over the whole
+      // context for each head alone would miss the caches of address translation at every key.
+      for (int64_t head = i; head < end; ++head) first_part[size_t(head)] = int64_t(parts.size()) + head - i;
+      for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
+        for (int64_t head = i; head < end; ++head) parts.push_back({head, chunk});
+      }
+    }
+    static thread_local Scratch memory;
+    slot_size_ = 2 * state_size() + kMostRows * (padded_ + kChunk) + 2 * kChunk * padded_;
+    scratch_ = memory.floats(team * slot_size_ + int64_t(parts.size()) * state_size());
+    float* partial = scratch_ + team * slot_size_;
+
+    each(int64_t(whole.size()), 1, [&](int64_t n, float* total) {
+      const Item& item = items_[size_t(whole[whole.size() - 1 - size_t(n)])];  // the longest ones first
+      load_queries(item, queries(total));
+      clear(item, total);
+      for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
+        attend(item, chunk, queries(total), total + state_size());
+        kernels_.merge(state(total), state(total + state_size()), item.rows, padded_);
+      }
+      finish(item, total);
+    });
+    const int64_t count = int64_t(parts.size()), share = count / (8 * team) + 1;
+    each(count, share < a_.kv_heads ? share : a_.kv_heads, [&](int64_t n, float* total) {
+      const Item& item = items_[size_t(parts[size_t(n)].item)];
+      load_queries(item, queries(total));
+      attend(item, parts[size_t(n)].chunk, queries(total), partial + n * state_size());
+    });
+    each(parts.empty() ? 0 : items, a_.kv_heads, [&](int64_t i, float* total) {
+      if (first_part[size_t(i)] < 0) return;
+      const Item& item = items_[size_t(i)];
+      clear(item, total);
+      const float* from = partial + first_part[size_t(i)] * state_size();
+      for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
+        kernels_.merge(state(total), state(const_cast<float*>(from)), item.rows, padded_);
+        from += a_.kv_heads * state_size();
+      }
+      finish(item, total);
+    });
+  }
+
+ private:
+  static constexpr int64_t kFewRows = 12;
+
+  // body(n, slot memory) for every n < count, `grain` at a time to whichever thread is free.
+  template <class Body>
+  void each(int64_t count, int64_t grain, const Body& body) const {
+    if (count == 0) return;
+    std::atomic<int64_t> next{0};
+    const int64_t team = threads(), pieces = (count + grain - 1) / grain;
+    parallel_for(team < pieces ? team : pieces, [&](int64_t slot, int64_t) {
+      for (int64_t n; (n = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
+        for (int64_t i = n; i < n + grain && i < count; ++i) body(i, scratch_ + slot * slot_size_);
+      }
+    });
+  }
+
+  // Slot memory: two states, the queries of an item, their scores, panels of keys and values.
+  float* queries(float* slot) const { return slot + 2 * state_size(); }
+  int64_t state_size() const { return kMostRows * (padded_ + 2); }
+
+  AttentionState state(float* memory) const {
+    return {memory + kMostRows * padded_, memory + kMostRows * (padded_ + 1), memory};
+  }
+
+  // Index in its sequence of the token of row `r` of an item, and the oldest key it sees.
+  int64_t index_of(const Item& item, int64_t r) const {
+    const int64_t tokens = a_.q_starts[item.sequence + 1] - a_.q_starts[item.sequence];
+    return a_.kv_lengths[item.sequence] - tokens + (item.row + r) / group_;
+  }
+  int64_t oldest(int64_t index) const { return index < a_.window ? 0 : index - a_.window + 1; }
+
+  // Elements of q and out before row `r` of an item.
+  int64_t offset(const Item& item, int64_t r) const {
+    const int64_t n = item.row + r, token = a_.q_starts[item.sequence] + n / group_;
+    return (token * a_.heads + item.kv_head * group_ + n % group_) * a_.head_dim;
+  }
+
+  void load_queries(const Item& item, float* q) const {
+    for (int64_t r = 0; r < item.rows; ++r, q += padded_) {
+      std::memcpy(q, a_.q + offset(item, r), size_t(a_.head_dim) * sizeof(float));
+      for (int64_t d = a_.head_dim; d < padded_; ++d) q[d] = 0.0f;
+    }
+  }
+
+  void clear(const Item& item, float* memory) const {
+    const AttentionState total = state(memory);
+    for (int64_t r = 0; r < item.rows; ++r) {
+      total.maximum[r] = -std::numeric_limits<float>::infinity();
+      total.sum[r] = 0.0f;
+    }
+    std::memset(total.mixed, 0, size_t(item.rows * padded_) * sizeof(float));
+  }
+
+  // q: the item's queries, then scratch for scores and panels.
+  // The pointers of a chunk's keys are looked up one by one: pages of any size, in any order.
+  void attend(const Item& item, int64_t chunk, float* q, float* to) const {
+    const int64_t base = chunk * kChunk, element = a_.dtype == Dtype::float32 ? 4 : 2;
+    int64_t begin[kMostRows], end[kMostRows], first = kChunk, last = 0;
+    for (int64_t r = 0; r < item.rows; ++r) {
+      const int64_t index = index_of(item, r), low = oldest(index) - base, high = index + 1 - base;
+      begin[r] = low < 0 ? 0 : low;
+      end[r] = high > kChunk ? kChunk : high;
+      if (begin[r] >= end[r]) continue;
+      first = begin[r] < first ? begin[r] : first;
+      last = end[r] > last ? end[r] : last;
+    }
+    if (first >= last) first = last = 0;
+    const void *keys[kChunk], *values[kChunk];
+    const int32_t* pages = a_.page_table + item.sequence * a_.table_width;
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t key = base + j, slot = int64_t(pages[key / a_.page_size]) * a_.page_size + key % a_.page_size;
+      const int64_t at = (slot * a_.kv_heads + item.kv_head) * a_.head_dim * element;
+      keys[j] = static_cast<const char*>(a_.k_pages) + at;
+      values[j] = static_cast<const char*>(a_.v_pages) + at;
+    }
+    float* scores = q + kMostRows * padded_;
+    const AttentionChunk c{q,    item.rows, a_.head_dim, padded_,    keys,   values, a_.dtype, first,
+                           last, begin,     end,         a_.scale, a_.softcap, scores, scores + kMostRows * kChunk};
+    kernels_.attend(c, state(to));
+  }
+
+  void finish(const Item& item, float* memory) const {
+    const AttentionState total = state(memory);
+    for (int64_t r = 0; r < item.rows; ++r) {
+      float* out = a_.out + offset(item, r);
+      const float* mixed = total.mixed + r * padded_;
+      for (int64_t d = 0; d < a_.head_dim; ++d) out[d] = mixed[d] / total.sum[r];
+    }
+  }
+
+  const AttentionArgs& a_;
+  const AttentionIsa& kernels_;
+  const int64_t group_, padded_;
+  std::vector<Item> items_;
+  float* scratch_ = nullptr;
+  int64_t slot_size_ = 0;
+};
+
+}  // namespace
+
+void paged_attention_cpu(const AttentionArgs& args) { Job(args).run(); }
+
+}  // namespace exl

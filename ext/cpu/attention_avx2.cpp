@@ -1,0 +1,19 @@
+// The attention kernels: AVX2 with FMA and F16C.
+#include "attention_kernel.h"
+#include "lanes_avx2.h"
+
+namespace exl {
+namespace {
+
+struct Avx2 {
+  using Part = Part256;
+  static constexpr int tile_rows = 3;
+};
+
+constexpr AttentionIsa table = attention_isa<Avx2>();
+
+}  // namespace
+
+const AttentionIsa& attention_avx2() { return table; }
+
+}  // namespace exl

@@ -1,0 +1,47 @@
+// What attention.cpp asks of an instruction set: a table of functions, one table per attention_<isa>.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace exl {
+
+constexpr int64_t kMostRows = 96;  // query rows taken together; a multiple of every register tile
+
+// Query rows of one key/value head against one chunk of its keys.
+struct AttentionChunk {
+  const float* q;  // (rows, padded_dim), zeros behind head_dim
+  int64_t rows;
+  int64_t head_dim;
+  int64_t padded_dim;          // head_dim rounded up to 16
+  const void* const* keys;     // kChunk pointers to head_dim elements; only [first, last) are used
+  const void* const* values;
+  Dtype dtype;                 // of keys and values
+  int64_t first, last;         // keys that any row sees, within the chunk
+  const int64_t* begin;        // per row: the keys it sees, within [first, last); possibly none
+  const int64_t* end;
+  float scale;
+  float softcap;
+  float* scores;               // scratch: (rows, kChunk)
+  float* panels;               // scratch: 2 * (kChunk, padded_dim)
+};
+
+// A softmax over some keys, not yet divided: sum of e^(s - maximum), and of e^(s - maximum) * value.
+struct AttentionState {
+  float* maximum;  // (rows), -infinity: no keys
+  float* sum;      // (rows)
+  float* mixed;    // (rows, padded_dim)
+};
+
+struct AttentionIsa {
+  void (*attend)(const AttentionChunk& chunk, const AttentionState& to);
+  // total := total and the keys of `next`
+  void (*merge)(const AttentionState& total, const AttentionState& next, int64_t rows, int64_t padded_dim);
+};
+
+const AttentionIsa& attention_portable();
+const AttentionIsa& attention_avx2();
+const AttentionIsa& attention_avx512();
+
+}  // namespace exl

@@ -1,0 +1,19 @@
+// The attention kernels: plain C++.
+#include "attention_kernel.h"
+#include "lanes_portable.h"
+
+namespace exl {
+namespace {
+
+struct Portable {
+  using Part = Part128;
+  static constexpr int tile_rows = 2;
+};
+
+constexpr AttentionIsa table = attention_isa<Portable>();
+
+}  // namespace
+
+const AttentionIsa& attention_portable() { return table; }
+
+}  // namespace exl
