@@ -83,8 +83,11 @@ def install(extra):
     command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     if not has_nvidia_driver():
         command += ["--constraint", os.path.join(ROOT, "constraints-cpu.txt")]
-    call(command + ["--editable", target], "installing the packages failed; pip's message is above. "
-         "Check the network and the free disk space, then run the same command again")
+    call(
+        command + ["--editable", target],
+        "installing the packages failed; pip's message is above. "
+        "Check the network and the free disk space, then run the same command again",
+    )
 
 
 def prepare(extra):
@@ -106,8 +109,11 @@ def prepare(extra):
             return
         started = time.time()
         say("setting up %s (once, about a minute)" % VENV)
-        if not os.path.exists(PYTHON) or subprocess.call([PYTHON, "-m", "pip", "--version"], stdout=subprocess.DEVNULL,
-                                                         stderr=subprocess.DEVNULL) != 0:
+        if (
+            not os.path.exists(PYTHON)
+            or subprocess.call([PYTHON, "-m", "pip", "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            != 0
+        ):
             make_venv()
         install(extra)
         with open(stamps[extra] + ".new", "w") as file:

@@ -1,6 +1,6 @@
 """Two clients of one model at once, with asyncio: their tokens interleave, the model is shared.
 
-    python examples/async_clients.py [MODEL_FOLDER]
+python examples/async_clients.py [MODEL_FOLDER]
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Several prompts in one batch: they share every forward pass, and the cache of their common beginning.
 
-    python examples/batch.py [MODEL_FOLDER]
+python examples/batch.py [MODEL_FOLDER]
 """
 
 import sys
@@ -13,5 +13,5 @@ countries = ["France", "Italy", "Spain", "Japan"]
 with exl.load(model) as rt:
     prompts = [[{"role": "user", "content": f"What is the capital of {country}?"}] for country in countries]
     results = rt.generate(prompts, max_tokens=40, sampling=exl.SamplingParams(temperature=0))
-    for country, result in zip(countries, results):
+    for country, result in zip(countries, results, strict=True):
         print(f"{country}: {result.text.strip()}")

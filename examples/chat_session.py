@@ -1,6 +1,6 @@
 """A conversation kept by the library: send, regenerate, edit an earlier turn, save, and load again.
 
-    python examples/chat_session.py [MODEL_FOLDER]
+python examples/chat_session.py [MODEL_FOLDER]
 """
 
 import sys

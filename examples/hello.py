@@ -1,6 +1,6 @@
 """The shortest program: load a model, complete a prompt, look at what it cost.
 
-    python examples/hello.py [MODEL_FOLDER]
+python examples/hello.py [MODEL_FOLDER]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What the model thought: log-probabilities of the generated tokens, and of a text you give it.
 
-    python examples/logprobs.py [MODEL_FOLDER]
+python examples/logprobs.py [MODEL_FOLDER]
 """
 
 import sys

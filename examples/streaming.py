@@ -1,6 +1,6 @@
 """Text as it is generated, with the events around it. Ctrl-C stops the reply, not the program.
 
-    python examples/streaming.py [MODEL_FOLDER]
+python examples/streaming.py [MODEL_FOLDER]
 """
 
 import sys

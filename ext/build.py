@@ -24,7 +24,7 @@ from pathlib import Path
 from exl_runtime.errors import BackendUnavailable, BuildError
 from ext import cache as caches
 from ext.lock import file_lock, owner
-from ext.plan import LIBRARY, Plan, make_plan, ninja_file
+from ext.plan import BINDINGS, LIBRARY, Plan, binding_unit, make_plan, ninja_file
 from ext.progress import StandardError
 from ext.toolchain import find_compiler, find_ninja, find_torch, parallel_jobs
 
@@ -124,8 +124,8 @@ def _build(settings: Settings, progress: Progress | None, again: bool, deadline:
         finally:
             if partial.exists():
                 caches.discard(partial)
-        report(f"native kernels are ready ({seconds:.0f} s)")
-    if not unchanged:  # somebody edited a source meanwhile: this result is not what its key says
+        report(f"native kernels are ready ({seconds:.0f} s)" if unchanged else "a source changed meanwhile: once more")
+    if not unchanged:  # the result is not what its key says
         return _build(settings, progress, again, deadline)
     return Built(library=final / LIBRARY, key=plan.key, fresh=True, seconds=seconds)
 
@@ -167,8 +167,10 @@ def clean(settings: Settings | None = None, *, wait: float = 5.0) -> int:
 def _compile(plan: Plan, folder: Path, ninja: str, log: Path, deadline: float, report: Progress) -> None:
     """Run ninja in `folder`, telling `report` about every second how far it is. Raises BuildError."""
     log.parent.mkdir(exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(plan), encoding="utf-8")
-    total, started = len(plan.sources) + 1, time.monotonic()
+    (folder / BINDINGS).write_text(binding_unit(plan), encoding="utf-8")
+    started, text = time.monotonic(), ninja_file(plan)
+    total = text.count("\nbuild ")
+    (folder / "build.ninja").write_text(text, encoding="utf-8")
     command = [ninja, "-C", str(folder), "-j", str(parallel_jobs()), "-v"]
     with open(log, "w", encoding="utf-8", errors="replace") as out:
         out.write(f"{plan.compiler.path}: {plan.compiler.version}; torch {plan.torch.version}\n{' '.join(command)}\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from ext.toolchain import TORCH_TARGET, Compiler, TorchFiles, is_x86_64, machine
 
 LIBRARY = "exl.so"
+BINDINGS = "bindings.cpp"
 SOURCE_FOLDERS = ("binding", "cpu")
 HEADER_FOLDERS = ("binding", "common", "cpu")
 
@@ -71,7 +72,7 @@ def make_plan(root: Path, compiler: Compiler, torch: TorchFiles) -> Plan:
 
 
 def ninja_file(plan: Plan) -> str:
-    """The text of build.ninja, to be run in an empty folder; it leaves LIBRARY there."""
+    """The text of build.ninja, to be run in a folder with `binding_unit` as BINDINGS; it leaves LIBRARY there."""
     flags = [*COMMON_FLAGS, f"-DEXL_X86_ISA={int(is_x86_64())}"]
     libraries = f"-L{_quote(plan.torch.library)} {' '.join(TORCH_LIBRARIES)}"
     lines = [
@@ -86,26 +87,33 @@ def ninja_file(plan: Plan) -> str:
         f"  command = $cxx {' '.join(LINK_FLAGS)} $in -o $out {libraries}",
         "  description = link $out",
     ]
-    objects = []  # (comes from an instruction set, name): those last, so that the linker prefers baseline copies
-    # Slowest first, or the last compiler runs alone.
-    weight = {source: _weight(plan.root / source, set()) for source in plan.sources}
-    for source in sorted(plan.sources, key=weight.__getitem__, reverse=True):
-        target = f"{source.parts[0]}.{source.stem}.o"
+    lines += [f"build bindings.o: compile {BINDINGS}", "  extra = $torch"]
+    objects = [(False, "bindings.o")]  # whether for an instruction set: those last, so that the linker prefers baseline
+    kernels = [source for source in plan.sources if source.parts[0] != "binding"]
+    weight = {source: _weight(plan.root / source, set()) for source in kernels}
+    for source in sorted(kernels, key=weight.__getitem__, reverse=True):  # slowest first, or the last one runs alone
+        target = f"{source.stem}.kernel.o"
         objects.append((isa_of(source) is not None, target))
-        extra = "$torch" if source.parts[0] == "binding" else " ".join(ISA_FLAGS.get(isa_of(source) or "", ()))
+        extra = " ".join(ISA_FLAGS.get(isa_of(source) or "", ()))
         lines += [f"build {target}: compile {_escape(str(plan.root / source))}", f"  extra = {extra}"]
     lines += [f"build {LIBRARY}: link {' '.join(name for _, name in sorted(objects))}", f"default {LIBRARY}", ""]
     return "\n".join(lines)
 
 
+def binding_unit(plan: Plan) -> str:
+    """All bindings as one translation unit: torch's headers cost a second each time they are read."""
+    files = (plan.root / source for source in plan.sources if source.parts[0] == "binding")
+    return "".join(f'#include "{file.as_posix()}"\n' for file in files)
+
+
 def _weight(source: Path, seen: set[Path]) -> int:
-    """Bytes of a source and of our own headers below it: a stand-in for compile time. torch's headers weigh 15 KB."""
+    """Bytes of a source and of our own headers below it: a stand-in for compile time."""
     if source in seen or not source.is_file():
         return 0
     seen.add(source)
     text = source.read_text(encoding="utf-8", errors="replace")
     included = (source.parent / name for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE))
-    return len(text) + 15_000 * ("<torch/" in text) + sum(_weight(Path(os.path.normpath(i)), seen) for i in included)
+    return len(text) + sum(_weight(Path(os.path.normpath(i)), seen) for i in included)
 
 
 def _escape(text: str) -> str:

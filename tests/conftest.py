@@ -44,9 +44,16 @@ def unavailable(backend: str) -> str | None:
         return None
     if backend == "cuda":
         return "no CUDA backend in this version"
+    from exl_runtime.errors import BackendUnavailable, BuildError
     from exl_runtime.ops import native
 
-    return native.available()
+    try:
+        native.ensure_loaded()
+    except BuildError:
+        raise  # a compiler is here and the kernels do not build: that is a failure, nothing to skip over
+    except BackendUnavailable as err:
+        return str(err)
+    return None
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda"])

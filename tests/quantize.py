@@ -1,6 +1,6 @@
 """Round-to-nearest EXL2 and GPTQ folders made from dense ones, with the weights they stand for computed beside.
 
-An independent second reading of the formats: packing is done with Python's big integers, values with numpy's halves.
+An independent second reading of the formats: packing is done bit by bit with numpy, values with numpy's halves.
 Not a quantizer anybody should use.
 """
 
@@ -19,16 +19,14 @@ Tensors = dict[str, torch.Tensor]
 def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes (rows, N) -> int32 (rows * bits / 32, N), one little-endian bit stream per column."""
     rows, columns = codes.shape
-    out = np.zeros((rows * bits // 32, columns), dtype=np.uint32)
-    for n in range(columns):
-        stream = 0
-        for i in range(rows):
-            stream |= int(codes[i, n]) << (i * bits)
-        out[:, n] = np.frombuffer(stream.to_bytes(rows * bits // 8, "little"), dtype="<u4")
-    return out.view(np.int32)
+    single = (codes.T[:, :, None] >> np.arange(bits)) & 1  # column, row, bit: the order of the stream
+    stream = np.packbits(single.astype(np.uint8).reshape(columns, rows * bits), axis=1, bitorder="little")
+    return np.ascontiguousarray(stream.view("<i4").T)
 
 
-def exl2(weight: np.ndarray, plan: list[tuple[int, int]], seed: int, permute: bool = True) -> tuple[Tensors, np.ndarray]:
+def exl2(
+    weight: np.ndarray, plan: list[tuple[int, int]], seed: int, permute: bool = True
+) -> tuple[Tensors, np.ndarray]:
     """weight (K, N) -> tensors by suffix, and the (K, N) float16 weights. plan: (bits, rows) of every group."""
     inputs, outputs = weight.shape
     padded = -(-outputs // 32) * 32
@@ -179,10 +177,14 @@ def split_fused(state: Tensors, config: dict[str, Any]) -> Tensors:
     for name, tensor in state.items():
         if "qkv_proj" in name:
             parts = tensor.split([heads * dim, narrow * dim, narrow * dim])
-            out.update({name.replace("qkv_proj", p): t for p, t in zip(("q_proj", "k_proj", "v_proj"), parts)})
+            out.update(
+                {name.replace("qkv_proj", p): t for p, t in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)}
+            )
         elif "gate_up_proj" in name:
             parts = tensor.chunk(2)
-            out.update({name.replace("gate_up_proj", p): t for p, t in zip(("gate_proj", "up_proj"), parts)})
+            out.update(
+                {name.replace("gate_up_proj", p): t for p, t in zip(("gate_proj", "up_proj"), parts, strict=True)}
+            )
         else:
             out[name] = tensor
     return out

@@ -25,12 +25,35 @@ LAW: dict[str, set[str]] = {
     "tokenizer": {"errors"},
     "sampling": {"ops", "errors"},
     "generation": {"model", "cache", "sampling", "tokenizer", "config", "errors"},
-    "runtime": {"generation", "model", "cache", "sampling", "tokenizer", "checkpoint", "config", "formats", "ops", "errors"},
+    "runtime": {
+        "generation",
+        "model",
+        "cache",
+        "sampling",
+        "tokenizer",
+        "checkpoint",
+        "config",
+        "formats",
+        "ops",
+        "errors",
+    },
     "chat": {"runtime", "generation", "cache", "sampling", "tokenizer", "model", "errors"},
     "cli": {"runtime", "chat", "generation", "cache", "sampling", "tokenizer", "model", "ops", "errors"},
     "ext": {"errors"},
     "convert": {"config", "checkpoint", "formats", "ops", "model", "tokenizer", "errors"},
-    "eval": {"runtime", "generation", "sampling", "cache", "config", "checkpoint", "formats", "ops", "model", "tokenizer", "errors"},
+    "eval": {
+        "runtime",
+        "generation",
+        "sampling",
+        "cache",
+        "config",
+        "checkpoint",
+        "formats",
+        "ops",
+        "model",
+        "tokenizer",
+        "errors",
+    },
 }
 LATE = {"runtime": {"chat"}}  # allowed inside a function only: rt.chat() hands out what lies above it
 TORCH_FREE = {"errors", "config", "tokenizer", "cli"}  # at import time
@@ -158,7 +181,12 @@ def strip_prose(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0] = ast.Pass()
     return ast.unparse(tree)
 

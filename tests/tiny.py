@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, written and run by transformers: the independent oracle of the model room."""
+"""Tiny random checkpoints of every family, written and run by transformers: the oracle of the model room."""
 
 from dataclasses import dataclass, field
 from functools import cache

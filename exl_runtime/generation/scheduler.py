@@ -1,12 +1,14 @@
 """Who runs next, and in which pages. Decides, does not run: integers and states, no tensors, no text.
 
 Running requests that decode go first, one token each. What is left of the token budget goes to prompts, in order
-of rank, in chunks: a long prompt never holds up a reply for longer than one step. A request is let in when pages
-for its whole prompt are there. When a reply needs a page and there is none, the running request of the lowest
-rank yields all its pages and waits to be computed again; the highest rank never yields, so something always ends.
+of rank, in chunks: a long prompt never holds up a reply for longer than one step, and leaves half of what there is
+to the prompts behind it. A request is let in when pages for its whole prompt are there. When a reply needs a page
+and there is none, the running request of the lowest rank yields all its pages and waits to be computed again; the
+highest rank never yields, so something always ends.
 """
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..cache.pages import PageTable
@@ -89,31 +91,26 @@ class Scheduler:
         """The next forward pass. Pages for it are taken; `settle` and `commit` follow when it has run."""
         decode: list[Sequence] = []
         preempted: list[Sequence] = []
-        stuck: list[Sequence] = []
         for sequence in tuple(self.running):
             # A sequence that had to yield to one before it is no longer in this state.
-            if sequence.state is not RequestState.DECODE:
-                continue
-            if self._make_room(sequence, preempted):
+            if sequence.state is RequestState.DECODE and self._make_room(sequence, preempted):
                 decode.append(sequence)
-            elif sequence.state is RequestState.DECODE:
-                stuck.append(sequence)
-        budget = max(self.prefill_tokens - len(decode), 1)
-        prefill: list[Chunk] = []
-        for sequence in self.running:
-            if budget > 0 and sequence.state is RequestState.PREFILL:
-                budget -= self._next_chunk(sequence, budget, prefill)
         admitted: list[Sequence] = []
-        while budget > 0 and self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            if self._should_follow(sequence):
+        stuck: list[Sequence] = []
+        left = max(self.prefill_tokens - len(decode), 1)
+        shares: dict[Sequence, int] = {}
+        for sequence in self._prompts(admitted, stuck):
+            rest = len(sequence.tokens) - sequence.kv_length
+            shares[sequence] = rest if rest <= left else max(1, left // 2)
+            left -= shares[sequence]
+            if left == 0:
                 break
-            if not self._admit(sequence):
-                if not self.running:
-                    stuck.append(sequence)
-                break
-            admitted.append(sequence)
-            budget -= self._next_chunk(sequence, budget, prefill)
+        prefill = []
+        for sequence, share in shares.items():
+            start = sequence.kv_length
+            stop = min(start + share + left, len(sequence.tokens))  # what others did not need goes to the first
+            left -= stop - start - share
+            prefill.append(Chunk(sequence, start, stop))
         return Step(tuple(prefill), tuple(decode), tuple(admitted), tuple(preempted), tuple(stuck))
 
     def settle(self, sequence: Sequence) -> None:
@@ -137,14 +134,29 @@ class Scheduler:
         if sequence.state is RequestState.PREFILL:
             self._record_tail(sequence)
 
-    def _next_chunk(self, sequence: Sequence, budget: int, prefill: list[Chunk]) -> int:
-        start = sequence.kv_length
-        stop = min(start + budget, len(sequence.tokens))
-        prefill.append(Chunk(sequence, start, stop))
-        return stop - start
+    def _prompts(self, admitted: list[Sequence], stuck: list[Sequence]) -> Iterator[Sequence]:
+        """Prompts to work on, by rank: those that run, and between them those that can be let in."""
+        running = [sequence for sequence in self.running if sequence.state is RequestState.PREFILL]
+        closed = False  # nobody overtakes a request that has to wait
+        while True:
+            head = self.waiting[0] if self.waiting and not closed and len(self.running) < self.max_running else None
+            if head is not None and not (running and running[0].rank < head.rank):
+                if self._should_follow(head):
+                    closed = True
+                elif self._admit(head):
+                    admitted.append(head)
+                    yield head
+                else:
+                    closed = True
+                    if not self.running:
+                        stuck.append(head)
+            elif running:
+                yield running.pop(0)
+            else:
+                return
 
     def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """A slot for the token that a decoding sequence computes next. False if it had to yield, or is stuck."""
+        """A slot for the token that a decoding sequence computes next. False if it had to yield."""
         if sequence.kv_length < len(sequence.pages) * self.table.page_size:
             return True
         while True:
@@ -152,8 +164,6 @@ class Scheduler:
                 page = self.table.take()
             except CacheFull:
                 victim = self.running[-1]
-                if victim is sequence and len(self.running) == 1:
-                    return False
                 self.requeue(victim)
                 preempted.append(victim)
                 if victim is sequence:

@@ -122,7 +122,9 @@ class _Loader:
         where = self.checkpoint.where(name)
         start = source.start or 0
         if bias.dtype not in FLOATS or bias.dim() != 1 or bias.shape[0] < start + size:
-            raise FormatError(f"{where}: bias is {bias.dtype} {tuple(bias.shape)}, wanted at least {start + size} floats")
+            raise FormatError(
+                f"{where}: bias is {bias.dtype} {tuple(bias.shape)}, wanted at least {start + size} floats"
+            )
         bias = bias[start : start + size]
         self.require_finite(bias, where)
         # Many GPTQ exports carry an all-zero bias for layers that have none.
@@ -143,9 +145,7 @@ class _Loader:
 
     # --- linears ----------------------------------------------------------------------------------------------
 
-    def linear(
-        self, sources: tuple[Source, ...], inputs: int, outputs: int, *, biased: bool | None = None
-    ) -> Linear:
+    def linear(self, sources: tuple[Source, ...], inputs: int, outputs: int, *, biased: bool | None = None) -> Linear:
         """`biased`: True: a bias must be there; False: one that is not all zero is an error; None: take what is."""
         source = self.pick(sources)
         shape = LinearShape(inputs, outputs)
@@ -253,17 +253,17 @@ class _Loader:
         names, i = self.spec.names, layer.index
 
         def experts() -> Iterator[Mlp]:
-            for e in range(moe.experts):
-                yield self.gated(
-                    lambda name, e=e: names.expert_linear(i, e, name), moe.intermediate_size, moe.activation, biased=False
-                )
+            for expert in range(moe.experts):
+
+                def part(name: str, e: int = expert) -> tuple[Source, ...]:
+                    return names.expert_linear(i, e, name)
+
+                yield self.gated(part, moe.intermediate_size, moe.activation, biased=False)
 
         router = self.linear(names.router(i), self.spec.hidden_size, moe.experts, biased=False)
         return Moe(router=router, experts=list(experts()), spec=moe)
 
-    def gated(
-        self, part: Callable[[str], tuple[Source, ...]], inner: int, activation: str, *, biased: bool
-    ) -> Mlp:
+    def gated(self, part: Callable[[str], tuple[Source, ...]], inner: int, activation: str, *, biased: bool) -> Mlp:
         hidden = self.spec.hidden_size
         return Mlp(
             gate=self.linear(part("gate_proj"), hidden, inner, biased=biased),

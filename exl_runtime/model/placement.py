@@ -31,7 +31,7 @@ class MemoryPlan:
 
 
 def resolve_device(requested: str) -> torch.device:
-    """"auto" | "cpu" | "cuda" | "cuda:1" -> a device that exists. Raises UsageError / BackendUnavailable."""
+    """ "auto" | "cpu" | "cuda" | "cuda:1" -> a device that exists. Raises UsageError / BackendUnavailable."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exl_runtime.errors import BackendUnavailable
+from exl_runtime.errors import BackendUnavailable, UsageError
 
 BACKENDS = ("cpu", "cuda", "reference")
 logger = logging.getLogger(__name__)
@@ -110,3 +110,31 @@ def resolve_backend(requested: str | None, device: torch.device) -> str:
         _warned = True
         logger.warning("running without native kernels, which is slow: %s", why)
     return "reference"
+
+
+def set_threads(count: int | None) -> None:
+    """CPU threads of the native kernels and of torch, for the whole process; None leaves both as they are.
+
+    Raises UsageError for a count outside 1 to 256.
+    """
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 256:
+        raise UsageError(f"{count!r} threads", hint="give a number from 1 to 256; the physical cores are a good one")
+    torch.set_num_threads(count)
+    if _loaded:
+        ops().set_threads(count)
+
+
+def doctor_checks() -> list[Any]:
+    """What `exl doctor` shows: a list of `ext.doctor.Check`. Looks, builds nothing."""
+    from ext import doctor
+
+    return doctor.checks()
+
+
+def clean_cache() -> int:
+    """Remove the built library; the bytes freed. Raises BuildError while another process is building."""
+    from ext import build
+
+    return build.clean()

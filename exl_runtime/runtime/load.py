@@ -60,6 +60,7 @@ def load(
     chat_template = open_template(folder, tokenizer, template)
     wanted = check_context(context, spec)
     kernels = native.resolve_backend(None if backend == "auto" else backend, where)
+    native.set_threads(threads)
     with Checkpoint.open(folder) as checkpoint:
         transformer = load_transformer(
             checkpoint,

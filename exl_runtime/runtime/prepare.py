@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from ..cache.window import prompt_limit, turns_to_drop
 from ..errors import PromptTooLong, TemplateError, UsageError
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
@@ -11,7 +12,6 @@ from ..tokenizer.tokenizer import Tokenizer
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
 MESSAGE_HINT = 'a message is {"role": "user", "content": "..."}; roles are system, user, assistant and tool'
-REPLY_RESERVE = 256  # tokens kept free for the reply when turns are dropped and no limit was given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,21 +86,26 @@ class Preparer:
         return Prepared(ids=tuple(ids))
 
     def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None) -> Prepared:
-        reserve = min(max_tokens or REPLY_RESERVE, self.context // 4)
-        whole = len(self.render(messages).ids)
-        kept, turns = messages, 0
-        while True:
-            ids = self.render(kept).ids
-            if len(ids) + reserve <= self.context:
-                return Prepared(ids=ids, dropped_turns=turns, dropped_tokens=whole - len(ids))
-            shorter = without_oldest_turn(kept)
-            if shorter is None:
-                raise PromptTooLong(
-                    f"the last message alone is {len(ids)} tokens, the context holds {self.context} "
-                    f"and {reserve} are kept for the reply",
-                    hint="shorten it, or open the model with a larger --context",
-                )
-            kept, turns = shorter, turns + 1
+        starts = turn_starts(messages)
+        head = messages[: starts[0]] if starts else messages
+        rendered: dict[int, tuple[int, ...]] = {}
+
+        def without(turns: int) -> tuple[int, ...]:
+            if turns not in rendered:
+                kept = head + messages[starts[turns] :] if starts else messages
+                rendered[turns] = self.render(kept).ids
+            return rendered[turns]
+
+        limit = prompt_limit(self.context, max_tokens)
+        dropped = turns_to_drop(lambda turns: len(without(turns)), max(0, len(starts) - 1), limit=limit)
+        if dropped is None:
+            raise PromptTooLong(
+                f"the last message alone is {len(without(max(0, len(starts) - 1)))} tokens; of the {self.context} "
+                f"the context holds, {limit} are for the prompt",
+                hint="shorten it, or open the model with a larger --context",
+            )
+        ids = self._checked(without(dropped)).ids
+        return Prepared(ids=ids, dropped_turns=dropped, dropped_tokens=len(without(0)) - len(ids))
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -115,8 +120,6 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [dict(message) for message in messages]
 
 
-def without_oldest_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages without their oldest user turn and its replies; None when only the last one is left."""
-    first = 1 if messages[0]["role"] == "system" else 0
-    later = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
-    return messages[:first] + messages[later[0] :] if later else None
+def turn_starts(messages: Sequence[Message]) -> list[int]:
+    """Where the turns begin: at every message of the user; what stands before the first one belongs to none."""
+    return [i for i, message in enumerate(messages) if message["role"] == "user"]

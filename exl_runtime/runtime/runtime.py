@@ -118,9 +118,7 @@ class Runtime:
         """
         many = is_batch(prompt)
         prompts: Sequence[Any] = prompt if many else [prompt]
-        requests = [
-            self._request(one, max_tokens, sampling, stop, overflow, deadline, logprobs) for one in prompts
-        ]
+        requests = [self._request(one, max_tokens, sampling, stop, overflow, deadline, logprobs) for one in prompts]
         results = self._engine().run(requests)
         for result in results:
             self._count(result)
@@ -179,7 +177,9 @@ class Runtime:
     def stats(self) -> RuntimeStats:
         """A snapshot of the counters."""
         now = self._engine().stats
-        rates = [tokens / seconds if seconds else 0.0 for tokens, seconds in zip(self._tokens, self._seconds)]
+        prefill, decode = (
+            tokens / seconds if seconds else 0.0 for tokens, seconds in zip(self._tokens, self._seconds, strict=True)
+        )
         return RuntimeStats(
             requests=now.requests,
             prompt_tokens=now.prompt_tokens,
@@ -192,8 +192,8 @@ class Runtime:
             pages_idle=now.pages_idle,
             weight_bytes=self.info.weight_bytes,
             cache_bytes=self.info.cache_bytes,
-            prefill_tokens_per_second=rates[0],
-            decode_tokens_per_second=rates[1],
+            prefill_tokens_per_second=prefill,
+            decode_tokens_per_second=decode,
         )
 
     def close(self) -> None:

@@ -7,7 +7,8 @@
 //   STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) { m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor"); }
 //   STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("rms_norm", TORCH_BOX(&rms_norm)); }
 //
-// Operators without a tensor argument are registered for CompositeExplicitAutograd instead of CPU. An argument that is
+// All binding files are compiled as one translation unit (torch's headers are slow to read), so names have to differ
+// between them. Operators without a tensor argument are registered for CompositeExplicitAutograd instead of CPU. An argument that is
 // written is spelled Tensor(a!) in the schema. Failed checks throw std::runtime_error, RuntimeError in Python.
 #pragma once
 

@@ -59,6 +59,8 @@ class Job {
     const bool few_items = team > 1 && items < 4 * team;
     std::vector<int64_t> whole, first_part(size_t(items), -1);
     std::vector<Part> parts;
+    int64_t most_rows = 0;  // of an item that is cut into parts
+    int64_t part_cost = 1;  // cycles, roughly, of the longest part
     for (int64_t i = 0; i < items; i += a_.kv_heads) {  // the heads of one block of queries
       const Item& item = items_[size_t(i)];
       const int64_t end = i + a_.kv_heads;
@@ -69,13 +71,17 @@ class Job {
       // Chunk by chunk, all heads of a chunk together: the heads' keys interleave in memory, and a walk over the whole
       // context for each head alone would miss the caches of address translation at every key.
       for (int64_t head = i; head < end; ++head) first_part[size_t(head)] = int64_t(parts.size()) + head - i;
+      most_rows = item.rows > most_rows ? item.rows : most_rows;
+      const int64_t keys = item.last_chunk > 0 ? kChunk : a_.kv_lengths[item.sequence];
+      const int64_t cost = keys * (item.rows * padded_ / 8 + 20);
+      part_cost = cost > part_cost ? cost : part_cost;
       for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
         for (int64_t head = i; head < end; ++head) parts.push_back({head, chunk});
       }
     }
     static thread_local Scratch memory;
     slot_size_ = 2 * state_size() + kMostRows * (padded_ + kChunk) + 2 * kChunk * padded_;
-    scratch_ = memory.floats(team * slot_size_ + int64_t(parts.size()) * state_size());
+    scratch_ = memory.floats(team * slot_size_ + int64_t(parts.size()) * state_size(most_rows));
     float* partial = scratch_ + team * slot_size_;
 
     each(int64_t(whole.size()), 1, [&](int64_t n, float* total) {
@@ -83,25 +89,26 @@ class Job {
       load_queries(item, queries(total));
       clear(item, total);
       for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
-        attend(item, chunk, queries(total), total + state_size());
+        attend(item, chunk, queries(total), state(total + state_size()));
         kernels_.merge(state(total), state(total + state_size()), item.rows, padded_);
       }
       finish(item, total);
     });
-    const int64_t count = int64_t(parts.size()), share = count / (8 * team) + 1;
-    each(count, share < a_.kv_heads ? share : a_.kv_heads, [&](int64_t n, float* total) {
+    const int64_t count = int64_t(parts.size()), share = count / (8 * team) + 1, least = kGrainCycles / part_cost + 1;
+    const int64_t grain = share < a_.kv_heads ? share : a_.kv_heads;
+    each(count, grain > least ? grain : least, [&](int64_t n, float* total) {
       const Item& item = items_[size_t(parts[size_t(n)].item)];
       load_queries(item, queries(total));
-      attend(item, parts[size_t(n)].chunk, queries(total), partial + n * state_size());
+      attend(item, parts[size_t(n)].chunk, queries(total), state(partial + n * state_size(most_rows), most_rows));
     });
     each(parts.empty() ? 0 : items, a_.kv_heads, [&](int64_t i, float* total) {
       if (first_part[size_t(i)] < 0) return;
       const Item& item = items_[size_t(i)];
       clear(item, total);
-      const float* from = partial + first_part[size_t(i)] * state_size();
+      float* from = partial + first_part[size_t(i)] * state_size(most_rows);
       for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
-        kernels_.merge(state(total), state(const_cast<float*>(from)), item.rows, padded_);
-        from += a_.kv_heads * state_size();
+        kernels_.merge(state(total), state(from, most_rows), item.rows, padded_);
+        from += a_.kv_heads * state_size(most_rows);
       }
       finish(item, total);
     });
@@ -109,6 +116,7 @@ class Job {
 
  private:
   static constexpr int64_t kFewRows = 12;
+  static constexpr int64_t kGrainCycles = 16000;  // work worth waking a thread for
 
   // body(n, slot memory) for every n < count, `grain` at a time to whichever thread is free.
   template <class Body>
@@ -125,10 +133,10 @@ class Job {
 
   // Slot memory: two states, the queries of an item, their scores, panels of keys and values.
   float* queries(float* slot) const { return slot + 2 * state_size(); }
-  int64_t state_size() const { return kMostRows * (padded_ + 2); }
+  int64_t state_size(int64_t rows = kMostRows) const { return rows * (padded_ + 2); }
 
-  AttentionState state(float* memory) const {
-    return {memory + kMostRows * padded_, memory + kMostRows * (padded_ + 1), memory};
+  AttentionState state(float* memory, int64_t rows = kMostRows) const {
+    return {memory + rows * padded_, memory + rows * (padded_ + 1), memory};
   }
 
   // Index in its sequence of the token of row `r` of an item, and the oldest key it sees.
@@ -162,7 +170,7 @@ class Job {
 
   // q: the item's queries, then scratch for scores and panels.
   // The pointers of a chunk's keys are looked up one by one: pages of any size, in any order.
-  void attend(const Item& item, int64_t chunk, float* q, float* to) const {
+  void attend(const Item& item, int64_t chunk, float* q, const AttentionState& to) const {
     const int64_t base = chunk * kChunk, element = a_.dtype == Dtype::float32 ? 4 : 2;
     int64_t begin[kMostRows], end[kMostRows], first = kChunk, last = 0;
     for (int64_t r = 0; r < item.rows; ++r) {
@@ -185,7 +193,7 @@ class Job {
     float* scores = q + kMostRows * padded_;
     const AttentionChunk c{q,    item.rows, a_.head_dim, padded_,    keys,   values, a_.dtype, first,
                            last, begin,     end,         a_.scale, a_.softcap, scores, scores + kMostRows * kChunk};
-    kernels_.attend(c, state(to));
+    kernels_.attend(c, to);
   }
 
   void finish(const Item& item, float* memory) const {

@@ -11,11 +11,6 @@ namespace {
 
 constexpr float kHidden = -__builtin_inff();
 
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 template <class P>
 EXL_INLINE float sum_of(const Lanes<P>& a) {
   const Lanes<P> four[4] = {a, Lanes<P>::zero(), Lanes<P>::zero(), Lanes<P>::zero()};
@@ -24,12 +19,13 @@ EXL_INLINE float sum_of(const Lanes<P>& a) {
   return sums[0];
 }
 
-constexpr int64_t kAhead = 12;  // keys
+constexpr int64_t kAhead = 16;  // keys
 
+// Into the second-level cache: the keys and values of a chunk together exceed the first.
 template <class T>
 EXL_INLINE void fetch_ahead(const T* row, int64_t count) {
   if (row == nullptr) return;
-  for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
 // Raw products q.k of R rows from row `row` on with keys [first, last).

@@ -17,6 +17,12 @@
 namespace exl {
 namespace {
 
+// A number as a type, to hand to a generic lambda.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 #define EXL_INLINE inline __attribute__((always_inline))
 #define EXL_UNROLL _Pragma("GCC unroll 16")
 

@@ -42,6 +42,7 @@ struct GroupedJob {
       to[i] = row < 0 ? 0.0f : x[row];
     }
   }
+  int64_t few_rows(const LinearIsa& k) const { return k.few_grouped_rows; }
   void few(const LinearIsa& k, const PackedInput& x, float* y, int64_t first, int64_t last, float* scratch) const {
     k.few_grouped(w, x, y, first, last, scratch);
   }
@@ -62,6 +63,7 @@ struct DenseJob {
     std::memcpy(to, x + begin, size_t(length) * sizeof(float));
     for (int64_t i = length; i % 16 != 0; ++i) to[i] = 0.0f;
   }
+  int64_t few_rows(const LinearIsa& k) const { return k.few_dense_rows; }
   void few(const LinearIsa& k, const PackedInput& x, float* y, int64_t first, int64_t last, float*) const {
     k.few_dense(w, x, y, first, last);
   }
@@ -148,7 +150,7 @@ void multiply(const Job& job, const float* x, float* y, int64_t rows) {
     return;
   }
   const LinearIsa& kernels = chosen();
-  if (rows <= kernels.few_rows) {
+  if (rows <= job.few_rows(kernels)) {
     multiply_few(kernels, job, x, y, rows);
   } else {
     multiply_many(kernels, job, x, y, rows);

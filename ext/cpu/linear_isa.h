@@ -15,7 +15,8 @@ struct PackedInput {
 };
 
 struct LinearIsa {
-  int few_rows;   // the most rows that few_* take
+  int few_grouped_rows;  // the most rows that few_grouped takes
+  int few_dense_rows;
   int tile_rows;  // rows of a register tile of `many`
 
   // Few rows: weights go from their stored form straight into the sums. Tiles [first, last) of all rows of x.

@@ -15,6 +15,7 @@ namespace exl {
 namespace {
 
 constexpr int kColumns = int(kTileColumns);
+constexpr int kFewDenseTiles = 4;  // a block of four dense columns stays in the first-level cache for these row tiles
 
 // A 32-bit constant per lane, in memory, as every instruction set loads it.
 struct LaneConstants {
@@ -239,32 +240,43 @@ EXL_INLINE void dense_columns(const DenseWeights& w, int64_t tile, int64_t k, co
   }
 }
 
-template <class I, int R, class T>
-void few_dense_rows(const DenseWeights& w, const PackedInput& x, float* y, int64_t first, int64_t last) {
-  for (int64_t tile = first; tile < last; ++tile) {
-    float total[R][kColumns];
-    for (int64_t block = 0; block * kBlock < w.inputs; ++block) {
-      const T* columns[kColumns];
-      dense_columns(w, tile, block * kBlock, columns);
-      const int64_t left = w.inputs - block * kBlock;
-      dot_tile<typename I::Part, R>(x.row(block, 0), kBlock, columns, left < kBlock ? left : kBlock, total[0], kColumns,
-                                    block != 0);
+// Calls f(first row, Constant<rows>) for register tiles that cover rows [begin, end), as even as they can be: 8 rows are
+// 4 + 4, not 6 + 2.
+template <class I, class F>
+EXL_INLINE void each_row_tile(int64_t begin, int64_t end, const F& f) {
+  constexpr int most = I::tile_rows;
+  while (begin < end) {
+    const int64_t left = end - begin, tiles = (left + most - 1) / most, take = (left + tiles - 1) / tiles;
+    switch (take) {
+      case 1: f(begin, Constant<1>()); break;
+      case 2: f(begin, Constant<2>()); break;
+      case 3: f(begin, Constant<(most < 3 ? 1 : 3)>()); break;
+      case 4: f(begin, Constant<(most < 4 ? 1 : 4)>()); break;
+      case 5: f(begin, Constant<(most < 5 ? 1 : 5)>()); break;
+      case 6: f(begin, Constant<(most < 6 ? 1 : 6)>()); break;
     }
-    const int64_t column = tile * kColumns;
-    const int64_t live = w.outputs - column < kColumns ? w.outputs - column : kColumns;
-    for (int r = 0; r < R; ++r) {
-      for (int64_t c = 0; c < live; ++c) y[r * w.outputs + column + c] = total[r][c];
-    }
+    begin += take;
   }
 }
 
 template <class I, class T>
 void few_dense_type(const DenseWeights& w, const PackedInput& x, float* y, int64_t first, int64_t last) {
-  switch (x.rows) {
-    case 1: return few_dense_rows<I, 1, T>(w, x, y, first, last);
-    case 2: return few_dense_rows<I, I::few_rows < 2 ? 1 : 2, T>(w, x, y, first, last);
-    case 3: return few_dense_rows<I, I::few_rows < 3 ? 1 : 3, T>(w, x, y, first, last);
-    case 4: return few_dense_rows<I, I::few_rows < 4 ? 1 : 4, T>(w, x, y, first, last);
+  for (int64_t tile = first; tile < last; ++tile) {
+    float total[kFewDenseTiles * I::tile_rows][kColumns];
+    for (int64_t block = 0; block * kBlock < w.inputs; ++block) {
+      const T* columns[kColumns];
+      dense_columns(w, tile, block * kBlock, columns);
+      const int64_t left = w.inputs - block * kBlock, length = left < kBlock ? left : kBlock;
+      each_row_tile<I>(0, x.rows, [&](int64_t r, auto rows) {
+        dot_tile<typename I::Part, decltype(rows)::value>(x.row(block, r), kBlock, columns, length, total[r], kColumns,
+                                                          block != 0);
+      });
+    }
+    const int64_t column = tile * kColumns;
+    const int64_t live = w.outputs - column < kColumns ? w.outputs - column : kColumns;
+    for (int64_t r = 0; r < x.rows; ++r) {
+      for (int64_t c = 0; c < live; ++c) y[r * w.outputs + column + c] = total[r][c];
+    }
   }
 }
 
@@ -322,28 +334,15 @@ void many_rows(const float* x, int64_t block, int64_t length, const float* panel
 template <class I>
 void many(const PackedInput& x, int64_t begin, int64_t end, int64_t block, int64_t length, const float* panel, float* y,
           int64_t outputs, int64_t first, int64_t last) {
-  constexpr int most = I::tile_rows;
-  for (int64_t r = begin; r < end;) {
-    const int64_t left = end - r, groups = (left + most - 1) / most;
-    const int64_t take = (left + groups - 1) / groups;  // even groups: 8 rows are 4 + 4, not 6 + 2
-    const float* rows = x.row(block, r);
-    float* to = y + r * outputs;
-    switch (take) {
-      case 1: many_rows<I, 1>(rows, block, length, panel, to, outputs, first, last); break;
-      case 2: many_rows<I, 2>(rows, block, length, panel, to, outputs, first, last); break;
-      case 3: many_rows<I, most < 3 ? 1 : 3>(rows, block, length, panel, to, outputs, first, last); break;
-      case 4: many_rows<I, most < 4 ? 1 : 4>(rows, block, length, panel, to, outputs, first, last); break;
-      case 5: many_rows<I, most < 5 ? 1 : 5>(rows, block, length, panel, to, outputs, first, last); break;
-      case 6: many_rows<I, most < 6 ? 1 : 6>(rows, block, length, panel, to, outputs, first, last); break;
-    }
-    r += take;
-  }
+  each_row_tile<I>(begin, end, [&](int64_t r, auto rows) {
+    many_rows<I, decltype(rows)::value>(x.row(block, r), block, length, panel, y + r * outputs, outputs, first, last);
+  });
 }
 
 template <class I>
 constexpr LinearIsa linear_isa() {
-  return {I::few_rows,     I::tile_rows, &few_grouped<I>, &few_dense<I>,
-          &fill_grouped<I>, &fill_dense<I>, &many<I>};
+  return {I::few_rows,     kFewDenseTiles * I::tile_rows, I::tile_rows, &few_grouped<I>, &few_dense<I>,
+          &fill_grouped<I>, &fill_dense<I>,                &many<I>};
 }
 
 }  // namespace

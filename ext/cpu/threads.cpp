@@ -72,8 +72,10 @@ struct Job {
   }
 };
 
-// `signal` carries a serial number and, in its low bits, how many threads take part. A worker that is not needed can
-// tell so from that one word and never reads the job, which the caller may already be rewriting for the next region.
+// `claim_` is one word: the serial number of the region, how many parts it has, and the next part that nobody has
+// taken. Whoever advances the last field owns that part, and only an owner reads the job: the region cannot end, nor the
+// job be rewritten, before that part is done. Part 0 is the caller's; when it is through, it also takes whatever no
+// worker has begun, so a worker that sleeps or lost its CPU to another program holds nobody up.
 class Team {
  public:
   bool try_enter() { return !busy_.exchange(true, std::memory_order_acquire); }
@@ -82,14 +84,12 @@ class Team {
   // Workers are only ever added; a smaller count leaves some asleep. Fewer than wanted if the system refuses threads.
   int ensure(int parts) {
     while (workers_ < parts - 1) {
-      const int index = workers_ + 1;
       sigset_t all, before;  // signals belong to the main thread: a worker would swallow the interruption of its reads
       sigfillset(&all);
       pthread_sigmask(SIG_SETMASK, &all, &before);
       bool started = true;
       try {
-        const uint64_t seen = signal_.load();
-        std::thread([this, index, seen] { work(index, seen); }).detach();
+        std::thread([this] { work(); }).detach();
       } catch (const std::system_error&) {
         started = false;
       }
@@ -108,12 +108,17 @@ class Team {
     job_.parts = parts;
     job_.next.store(0, std::memory_order_relaxed);
     pending_.store(parts - 1, std::memory_order_relaxed);
-    signal_.store((((signal_.load() >> 16) + 1) << 16) | uint64_t(parts));
+    const uint64_t serial = (claim_.load() >> 32) + 1;
+    claim_.store(serial << 32 | uint64_t(parts) << 16 | 1);
     if (asleep_.load() > 0) {
       std::lock_guard<std::mutex> hold(mutex_);
       wake_.notify_all();
     }
     job_.run(0);
+    for (int part; (part = take()) != 0;) {
+      job_.run(part);
+      pending_.fetch_sub(1);
+    }
     const auto done = [this] { return pending_.load(std::memory_order_acquire) == 0; };
     if (!spin_until(done)) {
       std::unique_lock<std::mutex> hold(mutex_);
@@ -124,25 +129,36 @@ class Team {
   }
 
  private:
-  void work(int index, uint64_t seen) {
+  static bool open(uint64_t claim) { return (claim & 0xffff) < (claim >> 16 & 0xffff); }
+
+  // The next part of the region under way, now the caller's of this function; 0 if there is none.
+  int take() {
+    uint64_t claim = claim_.load(std::memory_order_acquire);
+    while (open(claim)) {
+      if (claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel)) return int(claim & 0xffff);
+    }
+    return 0;
+  }
+
+  void work() {
     inside_region = true;  // a body that opens a region runs it inline
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "exl-worker");
 #endif
+    const auto work_waits = [this] { return open(claim_.load()); };
     for (;;) {
-      const auto changed = [this, seen] { return signal_.load(std::memory_order_acquire) != seen; };
-      if (!spin_until(changed)) {
+      if (!spin_until(work_waits)) {
         std::unique_lock<std::mutex> hold(mutex_);
         asleep_.fetch_add(1);
-        wake_.wait(hold, [this, seen] { return signal_.load() != seen; });
+        wake_.wait(hold, work_waits);
         asleep_.fetch_sub(1);
       }
-      seen = signal_.load(std::memory_order_acquire);
-      if (index >= int(seen & 0xffff)) continue;
-      job_.run(index);
-      if (pending_.fetch_sub(1) == 1 && caller_asleep_.load()) {
-        std::lock_guard<std::mutex> hold(mutex_);
-        finished_.notify_one();
+      for (int part; (part = take()) != 0;) {
+        job_.run(part);
+        if (pending_.fetch_sub(1) == 1 && caller_asleep_.load()) {
+          std::lock_guard<std::mutex> hold(mutex_);
+          finished_.notify_one();
+        }
       }
     }
   }
@@ -150,7 +166,7 @@ class Team {
   Job job_;
   int workers_ = 0;
   std::atomic<bool> busy_{false};
-  alignas(64) std::atomic<uint64_t> signal_{0};
+  alignas(64) std::atomic<uint64_t> claim_{0};
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> caller_asleep_{false};

@@ -1,8 +1,8 @@
 // A small persistent team of threads for the CPU kernels. No torch and no OpenMP here: torch brings its own OpenMP
 // runtime, and two of them in one process fight for the cores.
 //
-//   parallel_for(tasks, body)            calls body(begin, end) on disjoint ranges that cover [0, tasks): one
-//                                        contiguous range per thread, fixed by (tasks, threads) alone
+//   parallel_for(tasks, body)            calls body(begin, end) on disjoint ranges that cover [0, tasks): as many
+//                                        as there are threads, cut by (tasks, threads) alone
 //   parallel_for(tasks, body, grain)     never gives a thread fewer than `grain` tasks; small work stays on the caller
 //   parallel_chunks(tasks, chunk, body)  ranges of `chunk` tasks are handed out as threads become free: for unequal
 //                                        work or unequal cores
@@ -13,7 +13,8 @@
 //   - `body` must not throw. Check arguments before the region.
 //   - A call from inside a body runs inline on that thread. So does a call made while another caller uses the team (two
 //     Python threads). A child process starts a team of its own after fork().
-//   - The caller takes part. All memory effects of the bodies are visible to it when the call returns.
+//   - The caller takes part, and takes over the ranges that no worker has begun when its own is done: a thread may run
+//     more than one. All memory effects of the bodies are visible to it when the call returns.
 //   - Workers spin for a moment after a region before they sleep: back-to-back regions start in a few microseconds.
 //
 // Scratch memory of a body: on its stack, `thread_local`, or sliced from a buffer of the caller by task index.

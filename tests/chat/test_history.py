@@ -130,7 +130,7 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
             ChatSession.load(path, FakeRuntime())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
 def test_any_damage_is_either_harmless_or_a_session_error(
     tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: bool

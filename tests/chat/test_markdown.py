@@ -10,6 +10,7 @@ from rich.console import Console
 from vt import Terminal
 
 from exl_runtime.chat.blocks import BlockSplitter, code_blocks
+from exl_runtime.chat.live import LiveRegion
 from exl_runtime.chat.markdown import render_lines, visible_width
 from exl_runtime.chat.reply import PlainReply, StyledReply
 
@@ -49,6 +50,7 @@ def split(text: str, sizes: Iterator[int] | None = None) -> list[str]:
         ("- a\n\n  more\n\ntext", ["- a\n\n  more", "text"]),
         ("- a\n\n      ```\n\n      x\n      ```\n\nt", ["- a\n\n      ```\n\n      x\n      ```", "t"]),
         ("see:\n- a\n\n- b", ["see:\n- a\n\n- b"]),
+        ("- a\nlazy\n\nb", ["- a\nlazy", "b"]),
         ("1. a\n\n2. b\n\n---\n\nc", ["1. a\n\n2. b", "---", "c"]),
         ("    code\n\n    more\n\ntext", ["    code\n\n    more", "text"]),
     ],
@@ -223,6 +225,30 @@ def test_the_live_part_never_exceeds_the_screen() -> None:
     reply.finish()
     assert 0 < highest < 8
     assert "\n".join(terminal.everything).split() == words
+
+
+def test_a_live_part_that_shrinks_leaves_nothing_behind() -> None:
+    terminal = Terminal(40, 10)
+    region = LiveRegion(terminal, lambda: (40, 10))
+    region.frame([], ["one", "two", "three"])
+    region.frame(["done"], ["one"])
+    assert terminal.everything == ["done", "one"]
+    region.frame(["one", "last"], [])
+    assert terminal.everything == ["done", "one", "last"] and (terminal.x, terminal.y) == (0, 3)
+
+
+def test_a_terminal_made_narrower_is_redrawn_from_the_right_row() -> None:
+    columns = [40]
+    terminal = Terminal(40, 10)
+    region = LiveRegion(terminal, lambda: (columns[0], 10))
+    terminal.feed("earlier\n")
+    region.frame([], ["x" * 35, "y" * 35])
+    columns[0] = 20  # the terminal wraps both lines: the live part takes four rows now
+    narrow = Terminal(20, 10)
+    narrow.feed("earlier\n" + "x" * 35 + "\n" + "y" * 35)
+    terminal.feed = narrow.feed  # type: ignore[method-assign]
+    region.frame([], ["new"])
+    assert narrow.everything == ["earlier", "new"]
 
 
 def test_a_reply_without_text_leaves_no_trace() -> None:

@@ -203,6 +203,17 @@ def test_turns_that_left_the_context_are_named_once_and_not_sent_again() -> None
     assert session.forgotten == ()
 
 
+def test_turns_that_left_for_a_reply_that_failed_are_back() -> None:
+    runtime = FakeRuntime(["r" * 30, "r" * 30, "r" * 30, ("", PromptTooLong("no"))], info=Info(context=200))
+    session = ChatSession(runtime)
+    for _ in range(3):
+        session.send("a question of some length")
+    before = session.forgotten
+    with pytest.raises(PromptTooLong):
+        session.send("x" * 60)
+    assert session.forgotten == before
+
+
 def test_one_reply_at_a_time() -> None:
     session = ChatSession(FakeRuntime(["abc"]))
     events = session.stream("q")

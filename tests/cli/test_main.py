@@ -106,6 +106,7 @@ def test_every_sampling_parameter_has_an_option() -> None:
         "dry_sequence_breakers": "a",
         "adaptive_decay": "0.5",
     }
+    samples["allowed_tokens"] = "1,2"
     for field in fields(SamplingParams):
         if field.name == "logprobs":
             continue
@@ -277,7 +278,7 @@ def test_errors_become_messages_and_codes(
 
 
 def test_a_reader_that_goes_away_is_no_error(repo: Path) -> None:
-    script = "import sys\nfrom exl_runtime.cli import main\ndef p():\n while True: print('x' * 1000)\n"
+    script = "import sys\nfrom exl_runtime.cli import main\ndef p():\n while True: print('x', flush=True)\n"
     script += "sys.exit(main.guarded(p))"
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

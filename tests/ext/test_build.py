@@ -111,7 +111,7 @@ def test_instruction_sets_come_from_file_names(tiny: Settings) -> None:
     (tiny.root / "cpu" / "plain.cpp").write_text("#ifdef __AVX__\n#error baseline\n#endif\nint plain() { return 1; }\n")
     build(tiny, quiet)
     text = ninja_file(plan_for(tiny))
-    assert re.search(r"cpu.wide_avx512vnni.o: .*\n  extra = .*-mavx512vnni", text)
+    assert re.search(r"wide_avx512vnni.kernel.o: .*\n  extra = .*-mavx512vnni", text)
     assert not re.search("march=native|fast-math|Ofast", text)
 
 

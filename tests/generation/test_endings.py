@@ -205,6 +205,25 @@ def test_an_interrupted_step_can_be_repeated() -> None:
         rig.check()
 
 
+def test_an_interrupted_copy_leaves_nothing_wrong_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    rig.generator.run([request([1, 2, 3, 4, 5, 6, 7], 1)])
+    rig.generator.submit(request([1, 2, 3, 4, 5, 6, 9], 1, id="it"))
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.kv, "copy_page", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rig.generator.step()
+    rig.generator.cancel("it")
+    drain(rig)
+    (result,) = rig.generator.run([request([1, 2, 3, 4, 5, 6, 9], 4)])
+    assert result.reused_tokens == 6 and result.ids == tuple(expected([1, 2, 3, 4, 5, 6, 9], 4))
+    rig.check()
+
+
 def test_leaving_a_stream_returns_the_pages_at_once() -> None:
     rig = Rig()
     stream = rig.generator.stream(request(range(10), 30, seed=6), request([4], 30, seed=6))

@@ -79,7 +79,12 @@ def test_sequences_of_different_length_plans_share_a_pass(name, backend, root) -
     kv = new_cache(model)
     batch = batch_of([(short, 0, [0]), (long, 0, [1])])
     mixed = model.forward(
-        type(batch)(**{**{f: getattr(batch, f) for f in batch.__slots__}, "rope_lengths": tuple(map(model.spec.rope_length, (30, 90)))}),
+        type(batch)(
+            **{
+                **{f: getattr(batch, f) for f in batch.__slots__},
+                "rope_lengths": tuple(map(model.spec.rope_length, (30, 90))),
+            }
+        ),
         kv,
     )
     torch.testing.assert_close(mixed[:30], run(model, short, []), rtol=1e-4, atol=1e-4)

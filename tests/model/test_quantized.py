@@ -1,5 +1,6 @@
 """EXL2 and GPTQ models against transformers running on the dequantized weights."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from tiny import by_name, logits_of, model_of, write
 
 IDS = [(11 * i * i + 5 * i + 2) % 128 + 3 for i in range(70)]
 GPTQ = {
-    "b4_g32_act_v1": dict(bits=4, group_size=32, act_order=True, symmetric=True, version=1),
-    "b3_g64_v2_asym": dict(bits=3, group_size=64, act_order=False, symmetric=False, version=2),
-    "b8_all_v1_asym": dict(bits=8, group_size=-1, act_order=False, symmetric=False, version=1),
-    "b2_g32_act_v2": dict(bits=2, group_size=32, act_order=True, symmetric=False, version=2),
+    "b4_g32_act_v1": {"bits": 4, "group_size": 32, "act_order": True, "symmetric": True, "version": 1},
+    "b3_g64_v2_asym": {"bits": 3, "group_size": 64, "act_order": False, "symmetric": False, "version": 2},
+    "b8_all_v1_asym": {"bits": 8, "group_size": -1, "act_order": False, "symmetric": False, "version": 1},
+    "b2_g32_act_v2": {"bits": 2, "group_size": 32, "act_order": True, "symmetric": False, "version": 2},
 }
 
 
@@ -42,28 +43,26 @@ def check(family, folder: Path, dense, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mistral"])
 def test_exl2(name, backend, root) -> None:
-    family = by_name(name)
-    target = root / f"{name}-exl2-{backend}"
-    dense = quantize_folder(write(family, root), target, "exl2")
-    check(family, target, dense, backend)
+    check(by_name(name), *quantized(root, name, "exl2"), backend)
 
 
 @pytest.mark.parametrize("options", GPTQ.values(), ids=GPTQ)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_gptq(name, options, backend, root) -> None:
-    family = by_name(name)
-    target = root / f"{name}-gptq-{backend}-{options['bits']}"
-    dense = quantize_folder(write(family, root), target, "gptq", **options)
-    check(family, target, dense, backend)
+    check(by_name(name), *quantized(root, name, "gptq", tuple(options.items())), backend)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_exl2_experts(name, backend, root) -> None:
-    family = by_name(name)
-    target = root / f"{name}-exl2-{backend}"
-    dense = quantize_folder(write(family, root), target, "exl2")
-    fused = stack_experts(dense, model_of(family).state_dict())
-    check(family, target, fused, backend)
+    folder, dense = quantized(root, name, "exl2")
+    check(by_name(name), folder, stack_experts(dense, model_of(by_name(name)).state_dict()), backend)
+
+
+@cache
+def quantized(root: Path, name: str, kind: str, options: tuple[tuple[str, object], ...] = ()):
+    """The folder and its weights, made once for all backends."""
+    target = root / "-".join(map(str, (name, kind, *(value for _, value in options))))
+    return target, quantize_folder(write(by_name(name), root), target, kind, **dict(options))
 
 
 def stack_experts(dense, state):

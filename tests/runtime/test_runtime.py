@@ -60,14 +60,18 @@ def test_greedy_text_equals_transformers(dense, judge, text) -> None:
 
 
 def test_the_same_text_alone_in_a_batch_and_after_a_cache_hit(rt) -> None:
-    prompts = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "What is the opposite of hot?", "Hi!")]
+    prompts = [
+        [{"role": "user", "content": text}] for text in ("Tell me a story.", "What is the opposite of hot?", "Hi!")
+    ]
     sampling = exl.SamplingParams(temperature=0.9, seed=7)
     together = rt.generate(prompts, max_tokens=48, sampling=sampling)
     alone = [rt.generate(prompt, max_tokens=48, sampling=sampling) for prompt in prompts]
     assert [r.ids for r in together] == [r.ids for r in alone]
     assert all(result.reused_tokens == result.prompt_tokens - 1 for result in alone)
     with exl.load("demo") as fresh:
-        assert [fresh.generate(prompt, max_tokens=48, sampling=sampling).ids for prompt in prompts] == [r.ids for r in alone]
+        assert [fresh.generate(prompt, max_tokens=48, sampling=sampling).ids for prompt in prompts] == [
+            r.ids for r in alone
+        ]
 
 
 def test_a_second_turn_recomputes_only_what_is_new(rt) -> None:
@@ -148,10 +152,16 @@ def test_overflow_is_never_silent(demo) -> None:
         ends = small.generate("Once upon a time", max_tokens=None, sampling=exl.SamplingParams(seed=1, ignore_eos=True))
         assert ends.stop_reason == "context"
         events = list(
-            small.stream("Once", max_tokens=300, overflow="window", sampling=exl.SamplingParams(seed=1, ignore_eos=True))
+            small.stream(
+                "Once", max_tokens=300, overflow="window", sampling=exl.SamplingParams(seed=1, ignore_eos=True)
+            )
         )
         assert events[-1].result.generated_tokens == 300
-        assert sum(event.tokens for event in events if isinstance(event, exl.Dropped)) == events[-1].result.dropped_tokens > 0
+        assert (
+            sum(event.tokens for event in events if isinstance(event, exl.Dropped))
+            == events[-1].result.dropped_tokens
+            > 0
+        )
         with pytest.raises(errors.PromptTooLong):
             small.generate(story, overflow="drop")
 

@@ -104,6 +104,29 @@ def test_dry_against_brute_force(
         assert out[token] == want or math.isclose(out[token], want, rel_tol=1e-5, abs_tol=1e-5)
 
 
+def test_dry_against_brute_force_on_long_histories() -> None:
+    rng = np.random.default_rng(7)
+    hits = 0
+    for _ in range(400):
+        history = rng.integers(0, 3, rng.integers(10, 60))
+        breaker, allowed, longest = int(rng.integers(0, 6)), int(rng.integers(0, 5)), int(rng.integers(1, 9))
+        is_breaker = np.arange(VOCAB + 1) == breaker
+        lengths = exact.dry_lengths(history.tolist(), allowed, longest, (breaker,))
+        hits += bool(lengths)
+        want = [-0.5 * 1.5 ** (lengths[t] - allowed) if t in lengths else 0.0 for t in range(VOCAB)]
+        out = penalties.dry(
+            row([0.0] * VOCAB),
+            history,
+            multiplier=0.5,
+            base=1.5,
+            allowed_length=allowed,
+            max_ngram=longest,
+            breakers=is_breaker,
+        )
+        assert np.allclose(out, want, rtol=1e-5)
+    assert hits > 150
+
+
 def test_dry_by_hand() -> None:
     x = row([0.0] * 5)
     run = partial(penalties.dry, x, multiplier=1.0, base=2.0, allowed_length=2, max_ngram=20)

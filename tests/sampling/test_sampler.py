@@ -90,6 +90,10 @@ CASES: dict[str, tuple[dict[str, object], Callable[[list[float]], list[float]]]]
     "epsilon": ({"epsilon_cutoff": 0.04}, cut(exact.epsilon_cutoff, 0.04)),
     "eta": ({"eta_cutoff": 0.2}, cut(exact.eta_cutoff, 0.2)),
     "top_n_sigma": ({"top_n_sigma": 1.0}, cut(exact.top_n_sigma, 1.0)),
+    "three cuts": (
+        {"top_k": 7, "top_p": 0.95, "min_p": 0.15},
+        lambda x: cut(exact.min_p, 0.15)(exact.kept(y := exact.kept(x, exact.top_k(x, 7)[0]), exact.top_p(y, 0.95)[0])),
+    ),
     "xtc": ({"xtc_probability": 1.0, "xtc_threshold": 0.15}, cut(exact.xtc, 0.15)),
     "skew": ({"skew": 0.5}, lambda x: exact.skewed(x, 0.5)),
     "bias": ({"logit_bias": {2: 3.0, 7: GONE}}, lambda x: exact.softmax([*x[:2], x[2] + 3, *x[3:7], GONE, *x[8:]])),
@@ -150,6 +154,13 @@ def test_inverse_cdf_in_index_order() -> None:
                 assert token == drawable[0 if u == 0.0 else -1]
             else:
                 assert token == exact.invert(p, float(u))
+
+
+def test_rounding_noise_is_never_drawn() -> None:
+    x = np.array([-60.0, -40.0, 0.0, -60.0], dtype=np.float32)
+    assert inverse_cdf(x, 0.0) == 1  # e^-40 is 4e-18 and may be drawn; e^-60 is under the floor of 1e-18
+    assert inverse_cdf(np.array([-60.0, 0.0, -60.0], dtype=np.float32), 0.0) == 1
+    assert inverse_cdf(np.array([-60.0, 0.0, -60.0], dtype=np.float32), 1 - 2.0**-53) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ MESSAGES = [
         "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1, None]}}}],
     },
     {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "c", "reasoning": "why", "tool_calls": None},
 ]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <>", "parameters": {"type": "object"}}}]
 
@@ -32,10 +33,11 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "custom": [1, "x"]}
 def test_equals_transformers(name: str) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     template = ChatTemplate.from_text(TEMPLATES[name])
+    messages = [{key: value for key, value in m.items() if value is not None} for m in MESSAGES]  # its caller does this
     for tools in (None, TOOLS):
         for prompt in (True, False):
             oracle = utils.render_jinja_template(
-                [MESSAGES], tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=prompt, **VARIABLES
+                [messages], tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=prompt, **VARIABLES
             )[0][0]
             assert template.render(MESSAGES, add_generation_prompt=prompt, tools=tools, extra=VARIABLES) == oracle
 

@@ -170,6 +170,14 @@ def test_step_limit_does_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch
         ChatTemplate.from_text(ENDLESS[0]).render(MESSAGES)
 
 
+def test_nesting_is_bounded_before_python_has_to_walk_it() -> None:
+    """Hashing a deeply nested tuple would overflow the C stack."""
+    build = "{% set n = namespace(a=()) %}{% for i in range(LEVELS) %}{% set n.a = (n.a,) %}{% endfor %}"
+    deep = build + "{{ {n.a: 1}|length }}"
+    assert ChatTemplate.from_text(deep.replace("LEVELS", "50")).render(MESSAGES) == "1"
+    assert "nests values" in refusal(deep.replace("LEVELS", "300"))
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_sources_that_break_parsers(source: str) -> None:
     refusal(source)

@@ -9,7 +9,7 @@ from ...formats.base import QuantFormat
 from ...formats.dense import Dense
 from .. import native
 from .base import LinearKernel
-from .tiles import flat_float, native_refusal
+from .tiles import flat_float, like_input, native_refusal
 
 
 class DenseCpu(LinearKernel):
@@ -32,7 +32,7 @@ class DenseCpu(LinearKernel):
     def __call__(self, x: Tensor) -> Tensor:
         """See the base class."""
         y = native.ops().linear_dense(flat_float(x), self._weight)
-        return y.to(x.dtype).view(*x.shape[:-1], self.shape.out_features)
+        return like_input(y, x)
 
     @property
     def storage_bytes(self) -> int:

@@ -10,7 +10,7 @@ from ...formats.base import QuantFormat
 from ...formats.exl2 import Exl2
 from .. import native
 from .base import LinearKernel
-from .tiles import STEP, TILE, CodeTiles, Run, flat_float, native_refusal, row_table, span_table, streams
+from .tiles import STEP, TILE, CodeTiles, Run, flat_float, like_input, native_refusal, row_table, span_table, streams
 
 
 class Exl2Cpu(LinearKernel):
@@ -52,7 +52,7 @@ class Exl2Cpu(LinearKernel):
         y = native.ops().linear_exl2(
             flat_float(x), self._codes, self._scales, self._maxima, self._spans, self._rows, self.shape.out_features
         )
-        return y.to(x.dtype).view(*x.shape[:-1], self.shape.out_features)
+        return like_input(y, x)
 
     @property
     def storage_bytes(self) -> int:

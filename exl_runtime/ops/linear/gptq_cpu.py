@@ -15,6 +15,7 @@ from .tiles import (
     CodeTiles,
     Run,
     flat_float,
+    like_input,
     native_refusal,
     permute_codes,
     row_table,
@@ -60,7 +61,7 @@ class GptqCpu(LinearKernel):
         y = native.ops().linear_gptq(
             flat_float(x), self._codes, self._scales, self._zeros, self._spans, self._rows, self.shape.out_features
         )
-        return y.to(x.dtype).view(*x.shape[:-1], self.shape.out_features)
+        return like_input(y, x)
 
     @property
     def storage_bytes(self) -> int:

@@ -150,8 +150,17 @@ def native_refusal(device: torch.device) -> str | None:
     return None if why is None else f"the native library is unavailable: {why}"
 
 
+def like_input(y: Tensor, x: Tensor) -> Tensor:
+    """The kernel's float32 (rows, N) with the dtype and the leading dimensions of x."""
+    if x.dim() == 2 and x.dtype == torch.float32:
+        return y
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
 def flat_float(x: Tensor) -> Tensor:
-    """x (..., K) as contiguous float32 (rows, K) on the CPU."""
+    """x (..., K) as contiguous float32 (rows, K)."""
+    if x.dim() == 2 and x.dtype == torch.float32:  # the common case, once per matrix and token: no detours
+        return x.contiguous()
     flat = x.reshape(-1, x.shape[-1])
     if flat.dtype != torch.float32:
         flat = flat.float()
