@@ -13,8 +13,8 @@ constexpr const char* kOp = "paged_attention";
 
 // Every page that will be read exists, and every sequence has a key for each of its queries.
 void check_tables(const AttentionArgs& a, int64_t tokens, int64_t pages) {
-  EXL_CHECK(a.q_starts[0] == 0 && a.q_starts[a.sequences] == tokens, "exl::", kOp, ": q_starts must run from 0 to ", tokens,
-            " rows of q, got ", a.q_starts[0], " to ", a.q_starts[a.sequences]);
+  EXL_CHECK(a.q_starts[0] == 0 && a.q_starts[a.sequences] == tokens, "exl::", kOp, ": q_starts must run from 0 to ",
+            tokens, " rows of q, got ", a.q_starts[0], " to ", a.q_starts[a.sequences]);
   for (int64_t s = 0; s < a.sequences; ++s) {
     const int64_t rows = int64_t(a.q_starts[s + 1]) - a.q_starts[s], length = a.kv_lengths[s];
     EXL_CHECK(rows >= 0, "exl::", kOp, ": q_starts decreases at sequence ", s);

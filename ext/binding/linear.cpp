@@ -37,8 +37,8 @@ GroupedWeights check_grouped(const char* op, const Tensor& x, const Tensor& code
   int64_t position = 0;
   for (int64_t i = 0; i < w.span_count; ++i) {
     const Span& s = w.spans[i];
-    EXL_CHECK(legal_width(s.bits) && s.group >= 0 && s.group < groups && s.steps > 0, "exl::", op, ": span ", i, " is (",
-              s.bits, " bits, group ", s.group, ", ", s.steps, " steps); ", groups, " groups");
+    EXL_CHECK(legal_width(s.bits) && s.group >= 0 && s.group < groups && s.steps > 0, "exl::", op, ": span ", i,
+              " is (", s.bits, " bits, group ", s.group, ", ", s.steps, " steps); ", groups, " groups");
     const int64_t end = position + int64_t(s.steps) * kStepCodes;
     EXL_CHECK(position / kBlock == (end - 1) / kBlock, "exl::", op, ": span ", i, " crosses a block of ", kBlock);
     w.tile_bytes += int64_t(s.steps) * kTileColumns * step_bytes(s.bits);
@@ -107,8 +107,12 @@ Tensor op_linear_dense(const Tensor& x, const Tensor& weight) {
 }  // namespace exl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
-  m.def("linear_exl2(Tensor x, Tensor codes, Tensor scales, Tensor maxima, Tensor spans, Tensor rows, int outputs) -> Tensor");
-  m.def("linear_gptq(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor spans, Tensor rows, int outputs) -> Tensor");
+  m.def(
+      "linear_exl2(Tensor x, Tensor codes, Tensor scales, Tensor maxima, Tensor spans, Tensor rows, int outputs) "
+      "-> Tensor");
+  m.def(
+      "linear_gptq(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor spans, Tensor rows, int outputs) "
+      "-> Tensor");
   m.def("linear_dense(Tensor x, Tensor weight) -> Tensor");
 }
 

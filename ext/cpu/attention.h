@@ -12,8 +12,8 @@
 // scale * q.k, then softcap * tanh(score / softcap) if softcap > 0.
 //
 // Order of summation. Keys are taken in chunks of kChunk by their index in the sequence. Inside a chunk: the softmax of
-// the visible keys against the chunk's own maximum; its weights summed in 16 lanes (key j in lane j % 16) and by the tree
-// of lanes.h; values added key by key. Chunks are merged in order. All of that is fixed by the indices alone, so a
+// the visible keys against the chunk's own maximum; its weights summed in 16 lanes (key j in lane j % 16) and by the
+// tree of lanes.h; values added key by key. Chunks are merged in order. All of that is fixed by the indices alone, so a
 // query's result is the same bits in one prefill, in pieces or token by token, in any batch, on any number of threads,
 // on AVX2 and on AVX-512.
 //

@@ -7,7 +7,8 @@
 // portable Part multiplies and adds with two roundings, because a fused operation would be a library call there.
 //
 // A Part has: width; zero, all, load and load_part (from float, Half, BFloat16), store; + - * /, fma, maximum,
-// round_half, times_power, below; and sums4. maximum(a, b) is b if either is NaN. Internal linkage everywhere, see isa.h.
+// round_half, times_power, below; and sums4. maximum(a, b) is b if either is NaN. Internal
+// linkage everywhere, see isa.h.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Elementary functions over Lanes. NaN stays NaN. Only multiplications, additions and one division in a fixed order, so AVX2 and
-// AVX-512 agree to the bit. Internal linkage, see isa.h.
+// Elementary functions over Lanes. NaN stays NaN. Only multiplications, additions and one division in a
+// fixed order, so AVX2 and AVX-512 agree to the bit. Internal linkage, see isa.h.
 #pragma once
 
 #include "lanes.h"
@@ -42,7 +42,8 @@ EXL_INLINE Lanes<P> tanh_lanes(const Lanes<P>& x) {
   const L size = maximum(x, zero - x);
   const L square = x * x;
   const L top = fma(square, fma(square, square + L::all(378.0f), L::all(17325.0f)), L::all(135135.0f));
-  const L bottom = fma(square, fma(square, fma(square, L::all(28.0f), L::all(3150.0f)), L::all(62370.0f)), L::all(135135.0f));
+  const L inner = fma(square, fma(square, L::all(28.0f), L::all(3150.0f)), L::all(62370.0f));
+  const L bottom = fma(square, inner, L::all(135135.0f));
   const L near = x * top / bottom;
   const L bounded = zero - maximum(L::all(-10.0f), zero - size);  // tanh 10 rounds to 1
   const L away = one - L::all(2.0f) / (exp_lanes(bounded + bounded) + one);

@@ -1,5 +1,5 @@
-// The matrix kernels for AVX-512. Widths up to 5 bits look their weights up in a table of one column's group, which lies
-// in one or two registers; 6 and 8 bits compute them.
+// The matrix kernels for AVX-512. Widths up to 5 bits look their weights up in a table of one column's group, which
+// lies in one or two registers; 6 and 8 bits compute them.
 #include "lanes_avx512.h"
 #include "linear_kernel.h"
 

@@ -21,7 +21,8 @@ struct LinearIsa {
 
   // Few rows: weights go from their stored form straight into the sums. Tiles [first, last) of all rows of x.
   // scratch: (2 * groups + 8) * 4 floats.
-  void (*few_grouped)(const GroupedWeights&, const PackedInput& x, float* y, int64_t first, int64_t last, float* scratch);
+  void (*few_grouped)(const GroupedWeights&, const PackedInput& x, float* y, int64_t first, int64_t last,
+                      float* scratch);
   void (*few_dense)(const DenseWeights&, const PackedInput& x, float* y, int64_t first, int64_t last);
 
   // Many rows: float32 weights of `block` for tiles [first, last) into panel [tile][column][kBlock], then `many`

@@ -1,8 +1,9 @@
 // The matrix kernels, written once over an instruction set I. Included by linear_portable.cpp, linear_avx2.cpp and
 // linear_avx512.cpp only; internal linkage, see isa.h.
 //
-// I provides:  Part (lanes.h); few_rows, tile_rows; nibbles(bytes), 16 unsigned 4-bit numbers as Lanes; and
-// Decoder<bits> for one column:  zero_at(zero), scale_by(scale) per group, then next(step) -> 16 weights in lane order.
+// I provides:  Part (lanes.h); few_rows (of few_grouped, at most 4), tile_rows (at most 6); nibbles(bytes), 16 unsigned
+// 4-bit numbers as Lanes; and Decoder<bits> for one column:  zero_at(zero), scale_by(scale) per group, then next(step)
+// -> 16 weights in lane order.
 #pragma once
 
 #include <cstring>
@@ -52,7 +53,7 @@ EXL_INLINE Lanes<P> weights_of(const Lanes<P>& codes, const Lanes<P>& scale, con
   return round_half(fma(codes, scale, minus_zero));
 }
 
-// Code minus zero-point for codes first % period, first + 1 % period, ...: a weight table before its scale.
+// Code minus zero-point for the codes first, first + 1, ... (modulo period): a weight table before its scale.
 template <class P>
 EXL_INLINE Lanes<P> differences(int first, int period, float zero) {
   alignas(64) float code[16];
@@ -60,7 +61,8 @@ EXL_INLINE Lanes<P> differences(int first, int period, float zero) {
   return Lanes<P>::load(code) - Lanes<P>::all(zero);
 }
 
-// Scales (and zero-points) of groups [begin, end) of one tile, as float32 [group - begin][4]. Writes up to 3 groups more.
+// Scales (and zero-points) of groups [begin, end) of one tile, as float32 [group - begin][4]. Writes up to 3 groups
+// more.
 template <class I>
 void decode_scales(const GroupedWeights& w, int64_t tile, int64_t begin, int64_t end, float* scales, float* zeros) {
   using L = Lanes<typename I::Part>;
@@ -240,8 +242,8 @@ EXL_INLINE void dense_columns(const DenseWeights& w, int64_t tile, int64_t k, co
   }
 }
 
-// Calls f(first row, Constant<rows>) for register tiles that cover rows [begin, end), as even as they can be: 8 rows are
-// 4 + 4, not 6 + 2.
+// Calls f(first row, Constant<rows>) for register tiles that cover rows [begin, end), as even as they can be: 8 rows
+// are 4 + 4, not 6 + 2.
 template <class I, class F>
 EXL_INLINE void each_row_tile(int64_t begin, int64_t end, const F& f) {
   constexpr int most = I::tile_rows;
