@@ -1,44 +1,16 @@
 """The native attention kernel against float64, and its promise: a query's result depends on nothing but its keys."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from oracles import assert_as_good_as, same_bits
 
-from exl_runtime.errors import BackendUnavailable, BuildError
 from exl_runtime.ops import native
 from exl_runtime.ops.attention.cpu import paged_attention
 from exl_runtime.ops.table import opset
 
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    try:
-        native.ensure_loaded()
-    except BuildError:
-        raise  # a compiler that cannot build them is a failure, not a reason to look away
-    except BackendUnavailable as err:
-        pytest.skip(str(err))
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        native.ops().set_isa(request.param)
-    except RuntimeError as err:
-        pytest.skip(str(err))
-    yield request.param
-    native.ops().set_isa("best")
-
-
-@pytest.fixture
-def restore() -> Iterator[None]:
-    before = native.ops().set_threads(0)
-    yield
-    native.ops().set_threads(before)
-    native.ops().set_isa("best")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @dataclass

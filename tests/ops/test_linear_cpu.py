@@ -1,6 +1,5 @@
 """The native matrix kernels: the format's weights bit for bit, float32 accuracy, the same bits in any batch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from matrices import dense_tensors, exl2_tensors, gptq_tensors
 from oracles import assert_as_good_as, same_bits
 from safetensors import safe_open
 
-from exl_runtime.errors import BackendUnavailable, BuildError
 from exl_runtime.formats import FormatHints, LinearShape, load_linear
 from exl_runtime.formats.base import QuantFormat
 from exl_runtime.ops import native
@@ -27,32 +25,7 @@ EVERY_WIDTH = [(8, 32), (6, 64), (5, 32), (4, 96), (3, 64), (2, 32)]  # K = 320
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "vectors"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    try:
-        native.ensure_loaded()
-    except BuildError:
-        raise  # a compiler that cannot build them is a failure, not a reason to look away
-    except BackendUnavailable as err:
-        pytest.skip(str(err))
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        native.ops().set_isa(request.param)
-    except RuntimeError as err:
-        pytest.skip(str(err))
-    yield request.param
-    native.ops().set_isa("best")
-
-
-@pytest.fixture
-def restore() -> Iterator[None]:
-    before = native.ops().set_threads(0)
-    yield
-    native.ops().set_threads(before)
-    native.ops().set_isa("best")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

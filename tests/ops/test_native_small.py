@@ -1,7 +1,6 @@
 """The small native CPU kernels against float64 and against the plain-torch reference, for every instruction set."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,38 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_as_good_as
 
-from exl_runtime.errors import BackendUnavailable, BuildError, NonFiniteError, UnsupportedModel
+from exl_runtime.errors import NonFiniteError, UnsupportedModel
 from exl_runtime.ops import activation, cpu_small, kv_append, native, norm, rope, sample
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(0, 8), (1, 1), (1, 7), (3, 8), (2, 17), (5, 64), (1, 1031), (67, 257), (3, 0)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    try:
-        native.ensure_loaded()
-    except BuildError:
-        raise  # a compiler that cannot build them is a failure, not a reason to look away
-    except BackendUnavailable as err:
-        pytest.skip(str(err))
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        assert native.ops().set_isa(request.param) == request.param
-    except RuntimeError as err:
-        pytest.skip(str(err))
-    yield request.param
-    native.ops().set_isa("best")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = native.ops().set_threads(0)
-    yield
-    native.ops().set_threads(before)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def random(
@@ -191,7 +166,7 @@ def test_append_kv_refuses_a_slot_outside_and_writes_nothing(slot: int) -> None:
 # Results do not depend on how the work is cut
 
 
-def test_results_are_the_same_bits_for_any_thread_count_batch_and_instruction_set(threads: None) -> None:
+def test_results_are_the_same_bits_for_any_thread_count_batch_and_instruction_set(restore: None) -> None:
     x, weight = random((67, 3000), scale=3.0), random((3000,), seed=1)
     angles = random((67, 50), seed=2)
 
