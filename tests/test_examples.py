@@ -31,7 +31,8 @@ def test_every_example_is_in_the_readme() -> None:
     assert not [path.name for path in EXAMPLES if f"examples/{path.name}" not in text]
 
 
-def test_the_python_of_the_readme_runs(capsys) -> None:
+def test_the_python_of_the_readme_runs(capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:

@@ -29,7 +29,7 @@ class QuantFormat(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str) -> Self:
+    def load(cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str = "matrix") -> Self:
         """Check dtypes, shapes and values of `tensors` (suffix -> tensor, e.g. "q_weight").
 
         `where` names the matrix and its file for messages. Raises FormatError / NonFiniteError naming the tensor.

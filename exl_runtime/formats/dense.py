@@ -27,7 +27,7 @@ class Dense(QuantFormat):
     weight: Tensor
 
     @classmethod
-    def load(cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str) -> Self:
+    def load(cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str = "matrix") -> Self:
         """See the base class. 8-bit floats and integers are refused: without their scales they are not the weights."""
         weight = cls._tensor(tensors, where)
         require_shape(

@@ -42,7 +42,7 @@ def load_linear(
     tensors: Mapping[str, Tensor],
     shape: LinearShape,
     *,
-    where: str,
+    where: str = "matrix",
     hints: FormatHints | GptqHints | None = None,
 ) -> QuantFormat:
     """Check and wrap the tensors of one matrix (suffix -> tensor, for example "q_weight").

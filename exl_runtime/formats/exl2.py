@@ -49,7 +49,7 @@ class Exl2(QuantFormat):
     groups: tuple[Group, ...]  # non-increasing bits
 
     @classmethod
-    def load(cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str) -> Self:
+    def load(cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str = "matrix") -> Self:
         """See the base class. All checks of formats/exl2.md 4.2; a stored `q_perm` is ignored as redundant."""
         q_weight = require(tensors, "q_weight", where, 2, torch.int32)
         q_scale = require(tensors, "q_scale", where, 2, torch.int32)

@@ -52,7 +52,7 @@ class Gptq(QuantFormat):
 
     @classmethod
     def load(
-        cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str, hints: GptqHints | None = None
+        cls, tensors: Mapping[str, Tensor], shape: LinearShape, *, where: str = "matrix", hints: GptqHints | None = None
     ) -> Self:
         """See the base class. Bit width and group count come from the tensors, how to read zero-points from `hints`."""
         hints = hints or GptqHints()
