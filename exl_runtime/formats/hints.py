@@ -31,6 +31,7 @@ FOREIGN_METHODS = {
     "torchao": "look for the original, or a GPTQ or EXL2 version of the model",
 }
 LAYOUTS = ("gptq", "gptq_v2", "gptq_p")  # values of checkpoint_format whose bytes we know
+NESTED_REPETITION = re.compile(r"[+*}?]\??\)+[+*{]")  # "(a+)+" and its kin: exponential on a path that does not match
 FIRST_CARRY_VERSION = (0, 9, 0)  # gptqmodel from here on writes v1 zero-points by a word-wide subtraction (3.1)
 
 
@@ -160,6 +161,8 @@ def _overrides(quantization: Mapping[str, object]) -> tuple[Override, ...]:
         if not isinstance(changes, Mapping):
             raise FormatError(f"{where} is {changes!r}, wanted a JSON object")
         excluded = text.startswith("-:")
+        if NESTED_REPETITION.search(text):
+            raise FormatError(f"{where}: a repetition inside a repetition, which could take forever to match")
         try:
             pattern = re.compile(text.removeprefix("-:") if excluded else text.removeprefix("+:"))
         except re.error as err:

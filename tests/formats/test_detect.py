@@ -136,6 +136,7 @@ def test_foreign_methods_are_refused_by_name_with_a_hint(method: str) -> None:
         ({**GPTQ, "group_size": 64.5}, "group_size is 64.5"),
         ({**GPTQ, "dynamic": ["x"]}, "dynamic"),
         ({**GPTQ, "dynamic": {"(": {}}}, "regular expression"),
+        ({**GPTQ, "dynamic": {"(.+)+!": {}}}, "repetition"),
         ({**GPTQ, "dynamic": {"x": 4}}, "dynamic"),
         ({**GPTQ, "dynamic": {"x": {"sym": 1}}}, "sym is 1"),
         ({**GPTQ, "meta": "gptqmodel"}, "meta is"),
