@@ -48,7 +48,7 @@ def open_cache(wanted: Path | None, xdg: str | None) -> Path:
     Where that cannot be written, a private folder under the system's temporary one, with one warning.
     """
     if wanted is not None:
-        folder = wanted.expanduser()
+        folder = Path(os.path.expanduser(wanted))
     elif xdg and os.path.isabs(xdg):
         folder = Path(xdg) / _NAME
     else:

@@ -17,10 +17,10 @@ from ext.lock import held, owner
 from ext.toolchain import INSTALL_COMPILER, find_compiler, find_ninja, free_memory
 
 OPTIONAL = {  # distribution: what one gains by it
-    "flash-attn": "faster attention on NVIDIA GPUs",
-    "llguidance": "answers bound to a grammar or JSON schema",
+    "flash-attn": "faster attention on NVIDIA GPUs (this version does not use it yet)",
+    "llguidance": "answers bound to a grammar (this version does not use it yet)",
     "transformers": "the tests, which compare with it",
-    "matplotlib": "plots of evaluations",
+    "matplotlib": "plots of evaluations (this version does not use it yet)",
 }
 LOW_MEMORY = 2 << 30
 LOW_DISK = 1 << 30

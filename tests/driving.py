@@ -16,12 +16,17 @@ from exl_runtime.model.placement import geometry_of
 from exl_runtime.model.transformer import Transformer
 
 
-def open_model(folder: Path, backend: str) -> Transformer:
+def open_model(folder: Path, backend: str, dtype: torch.dtype | None = None) -> Transformer:
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     with Checkpoint.open(folder) as checkpoint:
         return load_transformer(
-            checkpoint, spec, quantization=files.quantization, device=torch.device("cpu"), backend=backend
+            checkpoint,
+            spec,
+            quantization=files.quantization,
+            device=torch.device("cpu"),
+            backend=backend,
+            dtype=dtype,
         )
 
 

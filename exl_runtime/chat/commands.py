@@ -1,5 +1,6 @@
 """The slash commands: a table of names, and what each does to the conversation. Knows no keyboard."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -212,7 +213,7 @@ def _load(chat: Conversation, rest: str) -> None:
 
 def _path(chat: Conversation, rest: str) -> Path:
     if rest:
-        return Path(rest.strip("\"'")).expanduser()
+        return Path(os.path.expanduser(rest.strip("\"'")))
     if chat.file is None:
         raise UsageError("which file?", hint="for example /save talk.json, and later /load talk.json")
     return chat.file

@@ -34,7 +34,10 @@ class Transcript:
 
 def write(path: Path, transcript: Transcript) -> None:
     """Write beside the target, flush, rename over it. Raises SessionError, also rather than replace a foreign file."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError) as err:  # a loop of links, a null byte
+        raise SessionError(f"{clean_line(str(path))} is not a path to write to: {err}") from err
     if path.exists() and not _is_ours(path):
         raise SessionError(
             f"{clean_line(str(path))} exists and is not a saved chat", hint="choose another name, or remove the file"
@@ -65,6 +68,8 @@ def read(path: Path) -> Transcript:
         raise SessionError(f"cannot read {name}: {err.strerror or err}") from err
     except UnicodeDecodeError as err:
         raise SessionError(f"{name} is not a saved chat: byte {err.start} is not UTF-8") from err
+    except ValueError as err:  # a null byte inside the path
+        raise SessionError(f"{name} is not a path: {err}") from err
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as err:

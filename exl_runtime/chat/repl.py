@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TextIO
 
+from ..errors import ExlError
 from ..generation.request import Result
 from ..generation.stream import Dropped, Finished, Text
 from . import status
@@ -83,18 +84,25 @@ def run_piped(session: ChatSession, lines: Iterable[str], screen: Screen, *, ver
 
 def _pipe_reply(session: ChatSession, text: str, screen: Screen) -> Result:
     reply = screen.reply()
-    forgotten, dropped = len(session.forgotten), 0
+    forgotten, dropped, said = len(session.forgotten), 0, False
     result: Result | None = None
     try:
         for event in session.stream(text):
             if isinstance(event, Text):
                 reply.text(event.text)
+                said = True
             elif isinstance(event, Dropped):
                 dropped += event.tokens
             elif isinstance(event, Finished):
                 result = event.result
-    finally:
+    except ExlError:
+        # Nothing is written for a message that could not be answered; a reply that broke off keeps what was said.
+        reply.finish() if said else reply.discard()
+        raise
+    except BaseException:
         reply.finish()
+        raise
+    reply.finish()
     if dropped:
         screen.warning(status.dropped_notice(session.forgotten[forgotten:], dropped))
     if result is None:

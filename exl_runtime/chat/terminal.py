@@ -14,6 +14,7 @@ from typing import TextIO
 
 # C0 without tab and newline, DEL, C1, and the bidirectional overrides that can make text read other than it is.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no undecodable byte
 _UNSAFE_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -34,14 +35,18 @@ def visible(text: str) -> str:
 
 
 def clean_message(text: str, limit: int = 4000) -> str:
-    """`visible`, cut to `limit`: for messages that may quote a file."""
-    shown = visible(text)
+    """`visible`, cut to `limit`: for messages that may quote a file. A long line loses its middle, not its end."""
+    shown = "\n".join(_shortened(line) for line in visible(text[: 2 * 2**20]).split("\n"))
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _shortened(line: str, head: int = 500, tail: int = 200) -> str:
+    return line if len(line) <= head + tail else f"{line[:head]} … {line[-tail:]}"
 
 
 def user_text(text: str) -> str:
     """Text from argv or standard input: undecodable bytes become U+FFFD, so that it can be tokenized and saved."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return _HALVES.sub("\ufffd", text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -83,7 +88,17 @@ def _is_tty(stream: TextIO | None) -> bool:
 
 
 def tolerant_streams() -> None:
-    """Never die of an encoding: what cannot be encoded is replaced, what cannot be decoded becomes a surrogate."""
+    """Never die of an encoding: what cannot be encoded is replaced, what cannot be decoded becomes a surrogate.
+
+    A stream that was closed before the start (`<&-`) is None in Python. Input then ends at once, messages go nowhere,
+    and output fails when it is written: nobody should take it for done. The number is filled too, lest a file opened
+    later gets it.
+    """
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, flags)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (for good)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)

@@ -16,6 +16,10 @@ from .header import TensorInfo, read_header, short
 __all__ = ["FolderIndex", "TensorInfo", "read_folder"]
 
 INDEX_FILE = "model.safetensors.index.json"
+# Not the model's weights: what a conversion leaves behind (calibration data, activations; formats/exl2.md), adapters.
+WORK_FILES = frozenset(
+    f"{name}.safetensors" for name in ("cal_data", "input_states", "hidden_states", "output_states", "adapter_model")
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})\.safetensors")
 INCOMPLETE = "the download is incomplete; download the missing file"
@@ -59,12 +63,12 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: cannot be read: {err.strerror or err}", hint="check its permissions") from err
     # Names that begin with a dot are leftovers of downloads and of other systems' file managers.
     found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    model = [name for name in found if name != "adapter_model.safetensors"]
+    model = [name for name in found if name not in WORK_FILES]
     # Some uploads add the same weights once more, under their author's own names.
     own = [name for name in model if not name.startswith("consolidated")]
     if chosen := own or model:
         return [folder / name for name in chosen]
-    if found:
+    if "adapter_model.safetensors" in found:
         raise CheckpointError(
             f"{folder}: only an adapter (adapter_model.safetensors), no model",
             hint="merge it into its base model, and open the result",
@@ -98,7 +102,7 @@ def _require_all_shards(folder: Path, files: list[Path], tensors: dict[str, Tens
         shard, name = absent[0]
         count = sum(other == shard for other, _ in absent)
         raise CheckpointError(
-            f"{folder / shard}: the file is missing; {count} tensors such as {short(name)} are in no other file",
+            f"{folder / short(shard)}: the file is missing; {count} tensors such as {short(name)} are in no other file",
             hint=INCOMPLETE,
         )
 

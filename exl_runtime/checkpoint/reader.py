@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import CheckpointError, OutOfMemory
+from ..memory import empty_bytes
 from .groups import TensorGroup
 from .header import AGAIN, TensorInfo, short
 from .index import FolderIndex, read_folder
@@ -105,8 +106,8 @@ class Checkpoint:
             nbytes //= shape[0]
             shape, start = shape[1:], start + row * nbytes
         try:
-            raw = torch.empty(nbytes, dtype=torch.uint8)
-        except RuntimeError as err:
+            raw = empty_bytes(nbytes)
+        except (RuntimeError, MemoryError) as err:
             raise OutOfMemory(f"{self.where(name)}: no memory for its {nbytes} bytes") from err
         if nbytes:
             self._read_into(info, start, memoryview(raw.numpy()))

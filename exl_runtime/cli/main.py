@@ -5,6 +5,9 @@ Exit codes: 0 done; 1 a bug in this program, or `doctor` found something wrong; 
 """
 
 import argparse
+import contextlib
+import errno
+import gc
 import logging
 import os
 import sys
@@ -21,6 +24,7 @@ from .options import Parser
 COMMANDS = {"chat": chat, "run": run, "info": info, "doctor": doctor}
 DESCRIPTION = "Local chat with EXL2, GPTQ and plain safetensors models, on a GPU or on a plain CPU."
 EPILOG = "exl chat                     talk to the bundled toy model\nexl chat path/to/model       talk to a real one"
+OUTPUT_LOST = (errno.EBADF, errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)  # closed, full, gone
 BUG, USER_ERROR, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 
@@ -55,18 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script: `main` with its errors turned into messages and exit codes."""
-    sys.exit(guarded(main))
+    # Importing torch makes a million objects that stay. Looking for garbage among them, again and again while they
+    # come and once more at the end, takes a third of the time of a short command. `open_runtime` turns it on again.
+    gc.disable()
+    code = guarded(main)
+    gc.freeze()
+    sys.exit(code)
 
 
 def guarded(program: Callable[..., int], *arguments: object) -> int:
     """Call `program` and turn however it ends into an exit code, with at most one short message on standard error."""
     tolerant_streams()
     try:
-        code = program(*arguments)
+        code = _code_of(program, arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as err:  # argparse after --help and --version
-        return err.code if isinstance(err.code, int) else 0
     except ExlError as err:
         return _fail(str(err), USER_ERROR)
     except KeyboardInterrupt:
@@ -81,16 +88,30 @@ def guarded(program: Callable[..., int], *arguments: object) -> int:
     except OSError as err:
         if _debugging():
             traceback.print_exc()
+        if err.filename is None and err.errno in OUTPUT_LOST:
+            _silence_stdout()
+            return _fail(f"the output could not be written: {err.strerror}", USER_ERROR)
         where = f": {clean_line(str(err.filename))}" if err.filename is not None else ""
         return _fail(f"{err.strerror or err}{where}", USER_ERROR)
     except Exception as err:
         return _bug(err)
 
 
+def _code_of(program: Callable[..., int], arguments: Sequence[object]) -> int:
+    try:
+        return program(*arguments)
+    except SystemExit as err:
+        if isinstance(err.__context__, BrokenPipeError):  # how rich ends a program whose reader left
+            raise err.__context__ from None
+        return err.code if isinstance(err.code, int) else 0  # argparse after --help and --version
+
+
 def _fail(message: str, code: int) -> int:
     if _debugging():
         traceback.print_exc()
-    sys.stderr.write(f"exl: {clean_message(message)}\n")
+    with contextlib.suppress(OSError):  # standard error itself may be full or gone; the exit code remains
+        sys.stderr.write(f"exl: {clean_message(message)}\n")
+        sys.stderr.flush()
     return code
 
 
@@ -112,7 +133,7 @@ def _debugging() -> bool:
 
 def _silence_stdout() -> None:
     """Nobody reads any more: keep the interpreter from complaining when it flushes at exit."""
-    with open(os.devnull, "wb") as nowhere:
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 

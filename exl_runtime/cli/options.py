@@ -1,6 +1,7 @@
 """Command line options that several commands share. Imports nothing heavy: `--help` must be instant."""
 
 import argparse
+import gc
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -141,7 +142,7 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
     from .progress import Progress
 
     with Progress(quiet=args.verbose < 2) as progress:
-        return load(
+        runtime = load(
             args.model,
             device=args.device,
             backend=args.backend,
@@ -151,6 +152,10 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             template=args.template,
             progress=progress,
         )
+    # What exists by now stays to the end; from here on garbage is collected, among what comes later only.
+    gc.freeze()
+    gc.enable()
+    return runtime
 
 
 def positive(text: str) -> int:

@@ -226,6 +226,10 @@ ARCHS: dict[str, Arch] = {
 
 SUPPORTED: tuple[str, ...] = tuple(ARCHS)
 
+ALIASES: dict[str, str] = {  # other spellings of the same thing
+    "LLaMAForCausalLM": LLAMA.hf,  # conversions made before transformers had a release with the family
+}
+
 ACTIVATIONS: dict[str, str] = {  # Hugging Face spelling -> ours; every tanh form below is the same function
     "silu": "silu",
     "swish": "silu",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from ..errors import ConfigError, UnsupportedModel
-from .archs import ACTIVATIONS, ARCHS, REFUSED, SUPPORTED, Arch
+from .archs import ACTIVATIONS, ALIASES, ARCHS, REFUSED, SUPPORTED, Arch
 from .fields import DAMAGED, Fields, shown
 from .names import Names
 from .rope import FULL, SLIDING, parse_ropes
@@ -98,7 +98,7 @@ def _architecture(config: Fields) -> Arch:
             'config.json: "architectures" is missing, so the kind of model is unknown',
             hint="take config.json from the model's page again",
         )
-    arch = ARCHS.get(named[0])
+    arch = ARCHS.get(ALIASES.get(named[0], named[0]))
     if arch is None:
         raise UnsupportedModel(
             f"config.json: architecture {shown(named[0])} is not supported", hint=f"supported: {', '.join(SUPPORTED)}"

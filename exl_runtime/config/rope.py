@@ -19,7 +19,16 @@ _BY_KIND = {
     "default": set(),
     "linear": {"factor"},
     "dynamic": {"factor"},
-    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "yarn": {
+        "factor",
+        "attention_factor",
+        "attn_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
 }
@@ -108,7 +117,8 @@ class _Reader:
     def kind(self, rope: Fields) -> str:
         named = "rope_type" if rope.has("rope_type") else "type"
         if not rope.has(named):
-            if extra := sorted(rope.values.keys() - {"rope_theta", "partial_rotary_factor"} - {"rope_type", "type"}):
+            stated = {key for key in rope.values if rope.has(key)}
+            if extra := sorted(stated - {"rope_theta", "partial_rotary_factor"}):
                 raise ConfigError(f'{rope.where}: has "{extra[0]}", but no "rope_type"', hint=DAMAGED)
             return "default"
         kind = rope.text(named)
@@ -172,7 +182,9 @@ class _Reader:
         elif mscale and mscale_all:
             attention = _temperature(factor, mscale) / _temperature(factor, mscale_all)
         else:
-            attention = _temperature(factor, 1.0)
+            # The key of YaRN's authors, a multiplier of the default. Published models use it to undo the default;
+            # transformers leaves it aside, which would scale every score of such a model by a wrong constant.
+            attention = _temperature(factor, 1.0) * rope.number("attn_factor", 1.0)
         return RopeSpec(
             kind="yarn",
             theta=theta,

@@ -1,5 +1,6 @@
 """Checks every format makes on the tensors of one matrix. Knows no layout."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -32,11 +33,18 @@ def require_shape(tensor: Tensor, name: str, where: str, *wanted: int, because: 
         raise FormatError(f"{where}: {name} has shape {tuple(tensor.shape)}, wanted {wanted} ({because})", hint=DAMAGED)
 
 
-def require_finite(tensor: Tensor, name: str, where: str) -> None:
-    """NonFiniteError if a float tensor holds NaN or infinity. One pass, no temporary: both bounds inherit a NaN."""
-    if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+def require_finite(tensor: Tensor, name: str, where: str) -> float:
+    """The largest magnitude in a float tensor; NonFiniteError if it holds NaN or infinity.
+
+    One pass, no temporary: both bounds inherit a NaN.
+    """
+    if not tensor.numel():
+        return 0.0
+    low, high = (float(bound) for bound in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
         bad = (~tensor.isfinite()).nonzero()[0].tolist()
         raise NonFiniteError(f"{where}: {name}{bad} is {tensor[tuple(bad)].item()}", hint=DAMAGED)
+    return max(-low, high)
 
 
 def show(dtype: torch.dtype) -> str:

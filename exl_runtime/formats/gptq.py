@@ -68,9 +68,10 @@ class Gptq(QuantFormat):
         require_shape(stored_scales, "scales", where, count, outputs, because=columns)
         wide = -(-outputs * bits // 32)
         require_shape(qzeros, "qzeros", where, count, wide, because=f"{count} groups, {columns} of {bits} bits")
-        require_finite(stored_scales, "scales", where)
+        largest = require_finite(stored_scales, "scales", where)
         scales = stored_scales.half()
-        require_finite(scales, "scales (rounded to half)", where)
+        if scales.dtype != stored_scales.dtype:
+            largest = require_finite(scales, "scales (rounded to half)", where)
 
         if hints.layout == "gptq_p" and bits == 3:
             # Only here do bit planes differ from the bit stream; one layout is enough for every kernel.
@@ -87,7 +88,7 @@ class Gptq(QuantFormat):
             scale_bits=8 * stored_scales.element_size(),
             index_bits=8 * tensors["g_idx"].element_size() * inputs if "g_idx" in tensors else 0,
         )
-        matrix._require_finite_weights(where)
+        matrix._require_finite_weights(largest, where)
         return matrix
 
     @classmethod
@@ -136,9 +137,9 @@ class Gptq(QuantFormat):
         words = self.qweight.numel() + self.zeros.shape[0] * -(-self.shape.out_features * self.bits // 32)
         return 32 * words + self.scale_bits * self.scales.numel() + self.index_bits
 
-    def _require_finite_weights(self, where: str) -> None:
+    def _require_finite_weights(self, largest_scale: float, where: str) -> None:
         """Finite scales can still overflow a weight; look at the weights only where that is possible."""
-        if float(self.scales.float().abs().max()) * (1 << self.bits) < HALF_LIMIT:
+        if largest_scale * (1 << self.bits) < HALF_LIMIT:
             return
         if not self.dequantize().isfinite().all():
             raise NonFiniteError(f"{where}: scales is so large that weights overflow half precision", hint=DAMAGED)

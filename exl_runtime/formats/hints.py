@@ -29,7 +29,11 @@ FOREIGN_METHODS = {
     "aqlm": "look for a GPTQ or EXL2 version of the model",
     "quip": "look for a GPTQ or EXL2 version of the model",
     "torchao": "look for the original, or a GPTQ or EXL2 version of the model",
+    "marlin": "look for the same model with checkpoint_format gptq or gptq_v2, or in EXL2",
 }
+# A quantizer with packings of its own. The one named here writes the tensors of GPTQ v1, so it is read as such.
+AUTO_ROUND = ("auto-round", "autoround", "auto_round", "intel/auto-round")
+AUTO_ROUND_GPTQ = ("auto_round:auto_gptq", "auto_gptq")
 LAYOUTS = ("gptq", "gptq_v2", "gptq_p")  # values of checkpoint_format whose bytes we know
 NESTED_REPETITION = re.compile(r"[+*}?]\??\)+[+*{]")  # "(a+)+" and its kin: exponential on a path that does not match
 FIRST_CARRY_VERSION = (0, 9, 0)  # gptqmodel from here on writes v1 zero-points by a word-wide subtraction (3.1)
@@ -84,7 +88,9 @@ class FormatHints:
             method = method.lower()
         if method == "exl2":
             return cls(method=method)
-        if method not in (None, "gptq"):
+        if method in AUTO_ROUND:
+            _require_gptq_packing(quantization)
+        elif method not in (None, "gptq"):
             raise FormatError(
                 f"quantization_config.quant_method is {method!r}, this runtime reads {SUPPORTED}",
                 hint=FOREIGN_METHODS.get(method),
@@ -146,6 +152,15 @@ def _layout(quantization: Mapping[str, object]) -> str:
     return layout
 
 
+def _require_gptq_packing(quantization: Mapping[str, object]) -> None:
+    packing = _get(quantization, str, "packing_format", "backend")
+    if packing not in AUTO_ROUND_GPTQ:
+        raise FormatError(
+            f"quantization_config.packing_format is {packing!r}, this runtime reads {AUTO_ROUND_GPTQ[0]} only",
+            hint="look for a GPTQ or EXL2 version of the model",
+        )
+
+
 def _group_size(table: Mapping[str, object], where: str) -> int | None:
     size = _get(table, int, "group_size", where=where)
     if size is not None and size != -1 and size <= 0:
@@ -154,10 +169,14 @@ def _group_size(table: Mapping[str, object], where: str) -> int | None:
 
 
 def _overrides(quantization: Mapping[str, object]) -> tuple[Override, ...]:
-    dynamic = _get(quantization, Mapping, "dynamic")
+    """`dynamic` (regular expressions) and `extra_config` (whole paths), the two spellings of exceptions."""
+    dynamic = _get(quantization, Mapping, "dynamic") or {}
+    exact = _get(quantization, Mapping, "extra_config") or {}
+    entries = [("dynamic", str(text), str(text), changes) for text, changes in dynamic.items()]
+    entries += [("extra_config", str(path), re.escape(str(path)) + "$", changes) for path, changes in exact.items()]
     overrides = []
-    for text, changes in (dynamic or {}).items():
-        where = f"quantization_config.dynamic[{text!r}]"
+    for key, shown, text, changes in entries:
+        where = f"quantization_config.{key}[{shown!r}]"
         if not isinstance(changes, Mapping):
             raise FormatError(f"{where} is {changes!r}, wanted a JSON object")
         excluded = text.startswith("-:")

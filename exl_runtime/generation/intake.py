@@ -38,9 +38,10 @@ class Intake:
         self.context = context
         self.step = window.slack(context, page_size)
         self._make_sampler = make_sampler or self._default_sampler
-        # The configuration names every end-of-sequence id; where it names none, the tokenizer's has to do.
+        # Fine-tunes often teach a new end of turn and tell only the tokenizer, not the configuration.
         eos = tokenizer.eos_id
-        self.eos_ids = frozenset(spec.eos_ids or (() if eos is None else (eos,)))
+        known = eos is not None and 0 <= eos < spec.vocab_size
+        self.eos_ids = frozenset((*spec.eos_ids, eos) if known else spec.eos_ids)
 
     def prepare(self, request: Request, *, order: int, now: float) -> Sequence:
         """A QUEUED sequence. Raises PromptTooLong, or UsageError for unknown token ids or bad sampling settings."""

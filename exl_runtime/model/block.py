@@ -1,7 +1,12 @@
-"""One decoder layer: attention and MLP on a residual stream."""
+"""One decoder layer: attention and MLP on a residual stream.
+
+The stream is float32 on every device: a few models outgrow half precision there, and it costs next to nothing.
+What goes into a matrix has the working dtype.
+"""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..config.spec import LayerSpec, ModelSpec
@@ -24,7 +29,7 @@ class BlockNorms:
 
 
 class Block:
-    """x (T, hidden) -> (T, hidden). x is updated in place."""
+    """x float32 (T, hidden) -> (T, hidden). x is updated in place; `dtype` is the working dtype of the matrices."""
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class Block:
         attention: Attention,
         mlp: Mlp | Moe,
         ops: OpSet,
+        dtype: torch.dtype,
     ) -> None:
         self.layer = layer
         self.norms = norms
@@ -43,15 +49,16 @@ class Block:
         self._eps = spec.norm_eps
         self._offset = spec.norm_weight_offset
         self._rms_norm = ops.rms_norm
+        self._dtype = dtype
 
     def __call__(
         self, x: Tensor, batch: ForwardBatch, rope: tuple[Tensor, Tensor], k_pages: Tensor, v_pages: Tensor
     ) -> Tensor:
-        attended = self.attention(self._norm(x, self.norms.input), batch, rope, k_pages, v_pages)
+        attended = self.attention(self._norm(x, self.norms.input).to(self._dtype), batch, rope, k_pages, v_pages)
         if self.norms.post_attention is not None:
             attended = self._norm(attended, self.norms.post_attention)
         x.add_(attended)
-        mixed = self.mlp(self._norm(x, self.norms.pre_mlp))
+        mixed = self.mlp(self._norm(x, self.norms.pre_mlp).to(self._dtype))
         if self.norms.post_mlp is not None:
             mixed = self._norm(mixed, self.norms.post_mlp)
         return x.add_(mixed)

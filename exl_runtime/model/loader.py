@@ -36,17 +36,30 @@ def load_transformer(
     quantization: Mapping[str, object] | None = None,
     device: torch.device,
     backend: str,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """Build the model that `spec` describes from the tensors of `checkpoint`.
 
     device/backend  where and by which kernels it runs ("cpu", "cuda", "reference"); already resolved
+    dtype           what goes into the matrices; None: float32 on the CPU, float16 elsewhere
     quantization    the raw `quantization_config` of the folder, or None
     Raises CheckpointError for missing tensors, FormatError for tensors that do not fit, NonFiniteError for NaN or
     infinity in weights, BackendUnavailable when no kernel takes a matrix.
     """
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    return _Loader(checkpoint, spec, FormatHints.from_json(quantization), device, backend, dtype).build(progress)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    loader = _Loader(checkpoint, spec, FormatHints.from_json(quantization), device, backend, dtype)
+    if backend != "cpu":
+        return loader.build(progress)
+    # The long work is done by native threads; what is left for torch are thousands of short passes over one matrix,
+    # where waking its own threads costs more than they do, most of all on a machine that is busy otherwise.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return loader.build(progress)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Loader:
@@ -103,7 +116,7 @@ class _Loader:
         if table.dtype == torch.float64:
             table = table.float()
         self.require_finite(table, where)
-        return Embedding(table.to(self.device), scale=self.spec.embedding_scale, dtype=self.dtype)
+        return Embedding(table.to(self.device), scale=self.spec.embedding_scale)
 
     def norm(self, candidates: tuple[str, ...], size: int) -> Tensor:
         path = self.first_existing(candidates, "weight")
@@ -140,7 +153,8 @@ class _Loader:
 
     @staticmethod
     def require_finite(tensor: Tensor, where: str) -> None:
-        if not torch.isfinite(tensor).all():
+        # Both bounds inherit a NaN; a mask of an embedding table would be another tensor of its size.
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
             raise NonFiniteError(f"{where} contains NaN or infinity", hint="the file is damaged; download it again")
 
     # --- linears ----------------------------------------------------------------------------------------------
@@ -202,13 +216,25 @@ class _Loader:
         spec = self.spec
         for path in spec.names.head:
             if self.markers(path):
-                return self.linear((Source(path=path),), spec.hidden_size, spec.vocab_size)
+                return self.linear((self.head_source(path, embedding),), spec.hidden_size, spec.vocab_size)
         if not spec.tied_embeddings:
             self.pick(tuple(Source(path=path) for path in spec.names.head))
         where = "the embedding table, used as output head"
         table = embedding.table[: spec.vocab_size].to("cpu")
         dense = Dense.load({"weight": table}, LinearShape(spec.hidden_size, spec.vocab_size), where=where)
         return Linear(select(dense, self.device, self.backend))
+
+    def head_source(self, path: str, embedding: Embedding) -> Source:
+        """The whole head; only its first vocab_size outputs where it is padded to the rows of the embedding table."""
+        rows, vocab = embedding.table.shape[0], self.spec.vocab_size
+        if rows == vocab:
+            return Source(path=path)
+        markers = (("weight", 0), ("qweight", 1), ("q_weight", 1))
+        found = {suffix: dim for suffix, dim in markers if self.checkpoint.has(f"{path}.{suffix}")}
+        widths = [self.checkpoint.info(f"{path}.{suffix}").shape[dim] for suffix, dim in found.items()]
+        # EXL2 pads columns to 32, which its own reader takes off.
+        padded = any(width >= rows for width in widths)
+        return Source(path=path, start=0, stop=vocab, total=rows) if padded else Source(path=path)
 
     # --- blocks -----------------------------------------------------------------------------------------------
 
@@ -221,7 +247,15 @@ class _Loader:
             post_mlp=self.norm(names.norm(i, "post_mlp"), spec.hidden_size) if spec.post_norms else None,
         )
         mlp = self.mlp(layer, layer.mlp) if isinstance(layer.mlp, MlpSpec) else self.moe(layer, layer.mlp)
-        return Block(spec=spec, layer=layer, norms=norms, attention=self.attention(layer), mlp=mlp, ops=self.ops)
+        return Block(
+            spec=spec,
+            layer=layer,
+            norms=norms,
+            attention=self.attention(layer),
+            mlp=mlp,
+            ops=self.ops,
+            dtype=self.dtype,
+        )
 
     def attention(self, layer: LayerSpec) -> Attention:
         spec, names, i = self.spec, self.spec.names, layer.index

@@ -78,7 +78,7 @@ class Transformer:
         if batch.logit_rows.numel() != x.shape[0]:
             x = x.index_select(0, batch.logit_rows)
         x = self.ops.rms_norm(x, self.final_norm, spec.norm_eps, spec.norm_weight_offset)
-        logits = self.head(x).float()
+        logits = self.head(x.to(self.dtype)).float()
         if spec.logit_scale != 1.0:
             logits.mul_(spec.logit_scale)
         if spec.logit_softcap is not None:

@@ -1,6 +1,7 @@
 """`load`: from a name or a folder to a `Runtime`."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..model.loader import load_transformer
 from ..model.placement import auto_context, cache_name, cache_pages, geometry_of, resolve_cache_dtype, resolve_device
 from ..model.summary import summarize
 from ..ops import native
+from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .runtime import Runtime, RuntimeInfo
@@ -95,7 +97,7 @@ def find(model: str | Path) -> Path:
     """The folder `model` means. Raises ConfigError with the way out when there is none."""
     if str(model) == DEMO:
         return DEMO_FOLDER
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # leaves ~nobody as it is, where Path.expanduser raises
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():
@@ -112,12 +114,8 @@ def find(model: str | Path) -> Path:
 def open_template(folder: Path, tokenizer: Tokenizer, override: str | Path | None) -> ChatTemplate | None:
     """The model's chat template, or the one in the file `override`; None when the model has none (base models)."""
     if override is not None:
-        path = Path(override).expanduser()
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as err:
-            raise TemplateError(f"{path}: cannot be read as text: {err}") from err
-        return ChatTemplate.from_text(text, tokenizer, where=str(path))
+        path = Path(os.path.expanduser(override))
+        return ChatTemplate.from_text(read_text(path, TemplateError), tokenizer, where=str(path))
     try:
         return ChatTemplate.open(folder, tokenizer)
     except NoTemplate:

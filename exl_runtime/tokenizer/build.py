@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ..errors import TokenizerError
 from .files import exists, read_json, read_text
+from .sanity import require_charsmaps, require_sane_stages
 from .special import SpecialTokens
 
 T = TypeVar("T")
@@ -31,7 +32,9 @@ def build_backend(folder: Path, special: SpecialTokens) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if exists(path):
         text = read_text(path)
+        require_charsmaps(text, path)
         backend = guarded(lambda: tokenizers.Tokenizer.from_str(text), f"{path} is not a usable tokenizer")
+        guarded(lambda: require_sane_stages(backend, path), f"{path} is not a usable tokenizer")
     elif exists(folder / "vocab.json") or exists(folder / "merges.txt"):
         path = folder / "vocab.json"
         backend = _from_vocab_and_merges(folder, special)

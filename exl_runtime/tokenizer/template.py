@@ -185,7 +185,7 @@ def _run(code: CodeType, variables: dict[str, Any], where: str) -> str:
         return "".join(chunks)
     except Refusal as err:
         raise TemplateError(
-            f"the chat template refused the conversation: {err} ({_place(err, template, where)})"
+            f"the chat template refused the conversation: {_words(err)} ({_place(err, template, where)})"
         ) from err
     except LimitExceeded as err:
         raise TemplateError(f"the chat template was stopped: {err} ({_place(err, template, where)})") from err
@@ -193,8 +193,14 @@ def _run(code: CodeType, variables: dict[str, Any], where: str) -> str:
         raise TemplateError(f"the chat template was stopped: it recurses or grows too far ({where})") from err
     except Exception as err:  # whatever template code can raise: undefined names, wrong types, ...
         raise TemplateError(
-            f"the chat template failed: {type(err).__name__}: {err} ({_place(err, template, where)})"
+            f"the chat template failed: {type(err).__name__}: {_words(err)} ({_place(err, template, where)})"
         ) from err
+
+
+def _words(err: BaseException) -> str:
+    """What an exception says, on one line of a sane length: the template chose the words."""
+    text = " ".join(str(err).split())
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def _weight(variables: dict[str, Any]) -> int:

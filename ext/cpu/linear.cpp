@@ -43,6 +43,8 @@ struct GroupedJob {
     }
   }
   int64_t few_rows(const LinearIsa& k) const { return k.few_grouped_rows; }
+  // Decoding the weights twice in registers is still cheaper than once into a panel and multiplying from there.
+  int64_t few_passes() const { return 2; }
   void few(const LinearIsa& k, const PackedInput& x, float* y, int64_t first, int64_t last, float* scratch) const {
     k.few_grouped(w, x, y, first, last, scratch);
   }
@@ -64,6 +66,7 @@ struct DenseJob {
     for (int64_t i = length; i % 16 != 0; ++i) to[i] = 0.0f;
   }
   int64_t few_rows(const LinearIsa& k) const { return k.few_dense_rows; }
+  int64_t few_passes() const { return 1; }
   void few(const LinearIsa& k, const PackedInput& x, float* y, int64_t first, int64_t last, float*) const {
     k.few_dense(w, x, y, first, last);
   }
@@ -150,10 +153,11 @@ void multiply(const Job& job, const float* x, float* y, int64_t rows) {
     return;
   }
   const LinearIsa& kernels = chosen();
-  if (rows <= job.few_rows(kernels)) {
-    multiply_few(kernels, job, x, y, rows);
-  } else {
-    multiply_many(kernels, job, x, y, rows);
+  const int64_t few = job.few_rows(kernels), passes = (rows + few - 1) / few;
+  if (passes > job.few_passes()) return multiply_many(kernels, job, x, y, rows);
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = rows * pass / passes, last = rows * (pass + 1) / passes;
+    multiply_few(kernels, job, x + first * job.inputs(), y + first * job.outputs(), last - first);
   }
 }
 

@@ -1,10 +1,15 @@
 """Every way to break a model folder ends in one short message on standard error and exit code 2."""
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import breaking_hostile  # adds its own to BREAKERS
 import pytest
 from breaking import BREAKERS, edit_bytes, edit_json, retype_tensor, with_tensor
 from quantize import quantize_folder
@@ -32,7 +37,14 @@ NAMED = {
     "more_layers_than_weights": "layers.6",
     "unknown_quantization": "squeeze",
     "lfs_pointer": "Git LFS",
+    "tokenizer_is_a_pipe": "not a regular file",
+    "template_link_is_broken": "does not exist",
+    "normalizer_blows_up": "normalizer",
+    "decoder_blows_up": "decoder",
+    "post_processor_of_unknown_token": "<nope>",
+    "template_refuses_at_length": "line 1",
 }
+assert breaking_hostile.BREAKERS is BREAKERS
 
 
 def expect_refusal(folder: Path, capsys: pytest.CaptureFixture[str], named: str = "") -> str:
@@ -152,3 +164,64 @@ def test_places_that_are_not_models(tmp_path, capsys) -> None:
 
 def test_the_helpers_find_their_tensors(demo) -> None:
     assert with_tensor(demo, "q_invperm")[1].endswith("q_invperm")
+
+
+@pytest.mark.parametrize("where", ["~nobody-of-that-name/model", "a\0b", "m/" * 3000, "", "/dev/zero", "org/name-7B"])
+def test_names_that_are_not_folders(where, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["run", where, "-p", "hi"], ["info", where], ["run", "demo", "-p", "hi", "--template", where]):
+        assert guarded(main, arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("exl: ") and len(err) < 1200, (arguments, err)
+
+
+def test_a_saved_chat_that_is_no_file(capsys, tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("a\0b", "~nobody-of-that-name/x", str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
+        assert guarded(main, ["chat", "demo", "--backend", "reference", "--load", path]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "exl: " in err and "bug" not in err
+
+
+def test_a_message_too_long_for_the_pipe_writes_nothing(capsys, monkeypatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 4000 + "\n"))
+    assert guarded(main, ["chat", "demo", "-n", "4", "--backend", "reference"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--context" in err
+
+
+def run_with(redirection: str, *arguments: str) -> "subprocess.CompletedProcess[bytes]":
+    command = f'exec "$@" {redirection}'
+    program = [sys.executable, "-m", "exl_runtime", *arguments]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(["sh", "-c", command, "sh", *program], capture_output=True, timeout=60, cwd=root, check=False)
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        ">&-",
+        pytest.param(
+            ">/dev/full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+        ),
+    ],
+)
+def test_output_that_goes_nowhere_is_an_error(redirection) -> None:
+    done = run_with(redirection, "info", "demo")
+    err = done.stderr.decode()
+    reason = os.strerror(errno.EBADF if "-" in redirection else errno.ENOSPC)
+    assert done.returncode == 2 and err == f"exl: the output could not be written: {reason}\n"
+
+
+def test_closed_input_and_closed_messages() -> None:
+    empty = run_with("<&-", "run", "demo", "-p", "-")
+    assert empty.returncode == 2 and b"the prompt is empty" in empty.stderr
+    silent = run_with("2>&-", "run", "/nonexistent", "-p", "hi")
+    assert silent.returncode == 2 and silent.stdout == silent.stderr == b""
+
+
+def test_a_reader_that_leaves() -> None:
+    done = run_with("| head -c1 >/dev/null", "info", "demo")
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr

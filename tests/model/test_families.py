@@ -100,3 +100,13 @@ def test_half_precision_cache_is_close(backend, root) -> None:
         halves = model.forward(batch_of([(IDS, 0, [2])]), new_cache(model, dtype=dtype))
         error = (halves - whole).abs().max() / whole.abs().max()
         assert 0 < error < bound
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "phi3"])
+def test_half_precision_matrices_on_a_float32_stream(name, root) -> None:
+    """How models run on a GPU, on the reference path: close to float32, and everything in the right dtype."""
+    exact = run(open_model(write(by_name(name), root), "reference"), IDS, [])
+    model = open_model(write(by_name(name), root), "reference", torch.float16)
+    logits = model.forward(batch_of([(IDS, 0, [2])]), new_cache(model, dtype=torch.float16))
+    assert logits.dtype == torch.float32
+    assert 0 < (logits - exact).abs().max() / exact.abs().max() < 1e-2

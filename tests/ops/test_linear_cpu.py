@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from exl_runtime.formats import FormatHints, LinearShape, load_linear
 from exl_runtime.formats.base import QuantFormat
+from exl_runtime.formats.bits import pack_rows
 from exl_runtime.ops import native
 from exl_runtime.ops.linear import select, tiles
 from exl_runtime.ops.linear.base import LinearKernel
@@ -249,12 +250,57 @@ def test_the_binding_refuses_what_would_read_outside(name: str, change: object, 
         native.ops().linear_exl2(*arguments.values(), 32)
 
 
+def tiled(tile_buffer: torch.Tensor, outputs: int, bits: int) -> torch.Tensor:
+    """uint8 (outputs, positions): the codes of a buffer of one region, bit by bit from its description."""
+    tiles_count = -(-outputs // 4)
+    steps = (
+        tile_buffer[16:-16].view(tiles_count, -1, 4, 2 * bits).transpose(1, 2).reshape(4 * tiles_count, -1, 2 * bits)
+    )
+    weights = 2 ** torch.arange(8)
+    stream = (steps[..., None] & weights.to(torch.uint8) > 0).reshape(steps.shape[0], -1, bits).long()
+    return (stream * weights[:bits]).sum(-1).to(torch.uint8)[:outputs]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_byte_streams_unpack_and_pack(bits: int) -> None:
-    codes = torch.randint(0, 1 << bits, (5, 48), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    stream = tiles.pack(codes, bits)
-    assert stream.shape == (5, 6 * bits)
-    assert torch.equal(tiles.unpack(stream, bits), codes)
-    order = torch.tensor([*range(47, -1, -1), *[-1] * 16])
-    moved = tiles.unpack(tiles.permute_codes(stream, bits, order), bits)
-    assert torch.equal(moved, torch.cat([codes.flip(1), torch.zeros(5, 16, dtype=torch.uint8)], dim=1))
+@pytest.mark.parametrize("outputs", [1, 5, 32, 70])
+def test_codes_are_tiled_and_reordered(bits: int, outputs: int) -> None:
+    codes = torch.randint(0, 1 << bits, (96, 70), generator=torch.Generator().manual_seed(bits))
+    words = pack_rows(codes, bits)
+    expected = codes[:, :outputs].t().to(torch.uint8)
+
+    plain = tiles.CodeTiles(outputs, 4 * 96 * bits // 8)
+    plain.append(words[: 32 * bits // 32], bits)  # in two regions
+    plain.append(words[32 * bits // 32 :], bits)
+    assert torch.equal(tiled(plain.buffer, outputs, bits), expected)
+
+    order = torch.cat([torch.arange(95, -1, -1), torch.full((16,), -1)]).to(torch.int32)
+    moved = tiles.CodeTiles(outputs, 4 * 112 * bits // 8)
+    moved.append(words, bits, order)
+    assert torch.equal(
+        tiled(moved.buffer, outputs, bits), torch.cat([expected.flip(1), expected.new_zeros(outputs, 16)], 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": torch.full((16,), 32, dtype=torch.int32)}, r"order\[0\] is 32 of 32"),
+        ({"order": torch.zeros(17, dtype=torch.int32)}, "whole steps"),
+        ({"filled": 1}, "do not fit"),
+        ({"outputs": 9}, "9 outputs"),
+        ({"bits": 7}, "7 bits"),
+        ({"words": torch.zeros(3, 8, dtype=torch.int32), "bits": 5}, "whole codes"),
+    ],
+)
+def test_tiling_refuses_what_would_write_outside(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "words": torch.zeros(4, 8, dtype=torch.int32),
+        "order": None,
+        "codes": torch.zeros(32 + 2 * 4 * 16, dtype=torch.uint8),
+        "bits": 4,
+        "outputs": 8,
+        "filled": 0,
+    }
+    native.ops().fill_tiles(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        native.ops().fill_tiles(*{**arguments, **change}.values())

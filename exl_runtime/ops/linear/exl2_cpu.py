@@ -10,7 +10,7 @@ from ...formats.base import QuantFormat
 from ...formats.exl2 import Exl2
 from .. import native
 from .base import LinearKernel
-from .tiles import STEP, TILE, CodeTiles, Run, flat_float, like_input, native_refusal, row_table, span_table, streams
+from .tiles import STEP, TILE, CodeTiles, Run, flat_float, like_input, native_refusal, row_table, span_table
 
 
 class Exl2Cpu(LinearKernel):
@@ -38,7 +38,7 @@ class Exl2Cpu(LinearKernel):
         for bits, groups in groupby(w.groups, key=lambda group: group.bits):
             region = list(groups)
             first, last = region[0], region[-1]
-            tiles.append(streams(q_weight[first.first_word_row : last.first_word_row + last.word_rows, :outputs]), bits)
+            tiles.append(q_weight[first.first_word_row : last.first_word_row + last.word_rows], bits)
         self._codes = tiles.buffer
 
         # A tile's four nibbles of a group lie in one int16: nibble n % 8 of word n // 8 is column n already.

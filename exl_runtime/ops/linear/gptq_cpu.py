@@ -17,10 +17,8 @@ from .tiles import (
     flat_float,
     like_input,
     native_refusal,
-    permute_codes,
     row_table,
     span_table,
-    streams,
     tile_by_group,
 )
 
@@ -45,16 +43,15 @@ class GptqCpu(LinearKernel):
         self._spans, self._rows = span_table(runs), row_table(order, runs)
 
         tiles = CodeTiles(outputs, TILE * order.numel() * w.bits // 8)
-        stream = streams(w.qweight.cpu())
         in_order = torch.equal(order, torch.arange(w.shape.in_features))
-        tiles.append(stream if in_order else permute_codes(stream, w.bits, order), w.bits)
+        tiles.append(w.qweight.cpu(), w.bits, None if in_order else order.to(torch.int32))
         self._codes = tiles.buffer
 
         self._scales = tile_by_group(w.scales.cpu())
         zeros = w.zeros.cpu()
-        middle = 1 << (w.bits - 1)
+        low, high = torch.aminmax(zeros)
         # Zero-points of at most 2^8 are exact halves; symmetric matrices need none.
-        self._zeros = None if bool((zeros == middle).all()) else tile_by_group(zeros.half())
+        self._zeros = None if int(low) == int(high) == 1 << (w.bits - 1) else tile_by_group(zeros.half())
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the base class."""

@@ -1,4 +1,4 @@
-"""Repacks quantized matrices into the tiles the native CPU kernels read (ext/cpu/linear.h). Pure torch, no kernels.
+"""Repacks quantized matrices into the tiles the native CPU kernels read (ext/cpu/linear.h).
 
 A column's codes stay the bit stream they are on disk; only its pieces move. Positions are the order in which a kernel
 meets the inputs: rows sorted by group, every group padded to whole steps of 16, and inside a step in lane order.
@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...memory import empty_bytes
+from .. import native
+
 STEP = 16  # codes of one column decoded together: 2 * bits whole bytes
 TILE = 4  # columns side by side
 BLOCK = 512  # kBlock: inputs summed before the lanes are added up
 PADDING = 16  # spare bytes at both ends, so that a kernel may load whole registers
-PIECE = 1 << 22  # codes rearranged at a time: bounds the temporaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,71 +62,26 @@ def row_table(rows: Tensor, runs: Iterable[Run]) -> Tensor:
     return torch.cat(pieces).to(torch.int32) if pieces else rows.new_zeros(0, dtype=torch.int32)
 
 
-def streams(words: Tensor) -> Tensor:
-    """uint8 (N, 4 * W): the bit stream of every column of int32 words (W, N), as bytes."""
-    return words.t().contiguous().view(torch.uint8)
-
-
-def unpack(stream: Tensor, bits: int) -> Tensor:
-    """uint8 (N, codes) from streams uint8 (N, bytes); 8 codes are `bits` bytes."""
-    groups = stream.view(stream.shape[0], -1, bits)
-    codes = torch.empty(*groups.shape[:2], 8, dtype=torch.uint8)
-    mask = (1 << bits) - 1
-    for i in range(8):
-        byte, offset = divmod(i * bits, 8)
-        code = groups[..., byte] >> offset
-        if offset + bits > 8:
-            code = code | (groups[..., byte + 1] << (8 - offset))
-        codes[..., i] = code & mask
-    return codes.view(stream.shape[0], -1)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """The inverse of `unpack`; the number of codes is a multiple of 8."""
-    groups = codes.view(codes.shape[0], -1, 8)
-    stream = torch.zeros(*groups.shape[:2], bits, dtype=torch.uint8)
-    for i in range(8):
-        byte, offset = divmod(i * bits, 8)
-        stream[..., byte] |= groups[..., i] << offset
-        if offset + bits > 8:
-            stream[..., byte + 1] |= groups[..., i] >> (8 - offset)
-    return stream.view(codes.shape[0], -1)
-
-
-def permute_codes(stream: Tensor, bits: int, order: Tensor) -> Tensor:
-    """Streams of codes `order[0], order[1], ...` of every column; -1 stands for code 0.
-
-    stream: uint8 (N, bytes); order: int64 (positions,), a multiple of STEP long.
-    """
-    out = torch.empty(stream.shape[0], order.numel() * bits // 8, dtype=torch.uint8)
-    columns = max(1, PIECE // max(order.numel(), 1))
-    index, padding = order.clamp(min=0), order < 0
-    for start in range(0, stream.shape[0], columns):
-        codes = unpack(stream[start : start + columns], bits)[:, index]
-        codes[:, padding] = 0
-        out[start : start + columns] = pack(codes, bits)
-    return out
-
-
 class CodeTiles:
     """Fills the `codes` buffer region by region: all positions of one width at a time."""
 
     def __init__(self, outputs: int, tile_bytes: int) -> None:
-        self._tiles = -(-outputs // TILE)
-        self.buffer = torch.zeros(2 * PADDING + self._tiles * tile_bytes, dtype=torch.uint8)
-        self._tile_rows = self.buffer[PADDING : PADDING + self._tiles * tile_bytes].view(self._tiles, tile_bytes)
+        size = -(-outputs // TILE) * tile_bytes
+        self.buffer = empty_bytes(2 * PADDING + size)
+        self.buffer[:PADDING] = 0
+        self.buffer[PADDING + size :] = 0
+        self._outputs = outputs
         self._filled = 0  # bytes of every tile
 
-    def append(self, stream: Tensor, bits: int) -> None:
-        """Add the next positions of all columns: uint8 (outputs, steps * 2 * bits)."""
-        step_bytes = 2 * bits
-        steps = stream.shape[1] // step_bytes
-        stream = pad_columns(stream)
-        pieces = stream.view(self._tiles, TILE, steps, step_bytes)
-        end = self._filled + steps * TILE * step_bytes
-        room = self._tile_rows[:, self._filled : end].unflatten(1, (steps, TILE, step_bytes))
-        room.copy_(pieces.transpose(1, 2))
-        self._filled = end
+    def append(self, words: Tensor, bits: int, order: Tensor | None = None) -> None:
+        """Add the next positions of all columns.
+
+        words  int32 (W, N), N at least `outputs`: a column's bit stream runs down the rows
+        order  int32 (positions,), a multiple of STEP long: the rows' new places, -1 for code 0; None: as they are
+        """
+        native.ops().fill_tiles(words.contiguous(), order, self.buffer, bits, self._outputs, self._filled)
+        positions = words.shape[0] * 32 // bits if order is None else order.numel()
+        self._filled += positions // STEP * TILE * 2 * bits
 
 
 def pad_columns(rows: Tensor) -> Tensor:
@@ -142,8 +99,6 @@ def tile_by_group(values: Tensor) -> Tensor:
 
 def native_refusal(device: torch.device) -> str | None:
     """Why no native CPU kernel can run on `device`, or None."""
-    from .. import native
-
     if device.type != "cpu":
         return f"runs on the CPU, not on {device}"
     why = native.available()
