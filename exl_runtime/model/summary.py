@@ -128,6 +128,8 @@ def _tally(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, _Tally], 
         return tuple(Source(path=path) for path in candidates)
 
     names, hidden = spec.names, spec.hidden_size
+    if not any(checkpoint.has(f"{path}.weight") for path in names.embedding):
+        checkpoint.info(f"{names.embedding[0]}.weight")  # raises, naming the nearest tensor there is
     count("embedding", paths(names.embedding), spec.vocab_size * hidden)
     for layer in spec.layers:
         i = layer.index
