@@ -16,6 +16,8 @@ from .block import Block
 from .embedding import Embedding
 from .linear import Linear
 
+KEPT_FREQUENCIES = 64
+
 
 class Transformer:
     """Built by `loader.load_transformer`. Not thread-safe: one forward pass at a time."""
@@ -101,6 +103,8 @@ class Transformer:
     def _inv_freq(self, rope: RopeSpec, length: int) -> Tensor:
         key = (rope, length)
         if key not in self._frequencies:
+            if len(self._frequencies) >= KEPT_FREQUENCIES:  # dynamic ropes have a set for every length
+                self._frequencies.clear()
             self._frequencies[key] = frequencies(
                 kind=rope.kind,
                 theta=rope.theta,
