@@ -1,6 +1,5 @@
 """`summarize` against the files and against what a loaded model takes."""
 
-import shutil
 
 import pytest
 from breaking import drop_tensor
