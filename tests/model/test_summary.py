@@ -1,6 +1,5 @@
 """`summarize` against the files and against what a loaded model takes."""
 
-
 import pytest
 from breaking import drop_tensor
 from quantize import quantize_folder
