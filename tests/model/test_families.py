@@ -63,6 +63,20 @@ def test_a_batch_equals_its_members_and_shared_pages_equal_own_ones(backend, roo
     assert (together[-27:] - run(model, long[:256] + other, [])[256:]).abs().max().item() <= bound
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_cached_prefix_equals_computing_it(family, backend, root) -> None:
+    """One full page shared, a part of the next one copied: what the page table does on a hit."""
+    model = open_model(write(family, root), backend)
+    long = [(5 * i * i + i) % 120 + 4 for i in range(300)]
+    rope_length = model.spec.rope_length(300)
+    kv = new_cache(model)
+    whole = model.forward(batch_of([(long, 0, [3, 1])], rope_length=rope_length), kv)
+    kv.copy_page(1, 4, 20)
+    rest = model.forward(batch_of([(long[276:], 276, [3, 4])], rope_length=rope_length), kv)
+    bound = 0.0 if backend == "cpu" else 1e-4 * whole.abs().max().item()
+    assert (rest - whole[276:]).abs().max().item() <= bound
+
+
 def test_only_the_wanted_rows_come_back(root) -> None:
     model = open_model(write(by_name("qwen3"), root), "reference")
     whole = run(model, IDS, [])
