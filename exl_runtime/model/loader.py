@@ -3,6 +3,7 @@
 Asks the names table which spelling the checkpoint uses; never looks at a family name itself.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -15,6 +16,8 @@ from ..errors import CheckpointError, FormatError, NonFiniteError
 from ..formats.base import LinearShape, QuantFormat
 from ..formats.dense import Dense
 from ..formats.detect import FormatHints, load_linear
+from ..formats.exl2 import Exl2
+from ..formats.hints import FOREIGN_METHODS
 from ..ops.linear.select import select
 from ..ops.table import OpSet, opset
 from .attention import Attention, HeadNorms
@@ -26,6 +29,7 @@ from .moe import Moe
 from .transformer import Transformer
 
 Progress = Callable[[int, int], None]  # (layers loaded, layers in all)
+log = logging.getLogger(__name__)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -49,7 +53,7 @@ def load_transformer(
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-    loader = _Loader(checkpoint, spec, FormatHints.from_json(quantization), device, backend, dtype)
+    loader = _Loader(checkpoint, spec, _hints(checkpoint, quantization), device, backend, dtype)
     if backend != "cpu":
         return loader.build(progress)
     # The long work is done by native threads; what is left for torch are thousands of short passes over one matrix,
@@ -60,6 +64,19 @@ def load_transformer(
         return loader.build(progress)
     finally:
         torch.set_num_threads(threads)
+
+
+def _hints(checkpoint: Checkpoint, quantization: Mapping[str, object] | None) -> FormatHints:
+    """What the folder declares. EXL2 needs no declaration, and may carry a stale one of the model it was made from."""
+    method = (quantization or {}).get("quant_method")
+    if (
+        isinstance(method, str)
+        and method in FOREIGN_METHODS
+        and any(name.endswith(f".{Exl2.marker}") for name in checkpoint.names)
+    ):
+        log.warning("%s declares %s, but its weights are EXL2; the declaration is ignored", checkpoint.folder, method)
+        return FormatHints()
+    return FormatHints.from_json(quantization)
 
 
 class _Loader:

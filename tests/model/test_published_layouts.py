@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from breaking import edit_json
 from driving import open_model, run
 from quantize import exl2, quantize_folder
 from safetensors.torch import load_file, save_file
@@ -91,6 +92,14 @@ def extra_buffers(tensors: Tensors) -> None:
 
 
 GPTQ_EDITS = (inv_freq_buffers, zero_biases, float_norms, long_indices, extra_buffers)
+
+
+def test_a_stale_declaration_beside_exl2_weights(root: Path, tmp_path: Path, caplog) -> None:
+    original = made(root, "llama", "exl2")
+    folder = copy(original, tmp_path / "stale")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    expect_same(folder, original)
+    assert "declares fp8" in caplog.text
 
 
 @pytest.mark.parametrize("edit", GPTQ_EDITS, ids=lambda edit: edit.__name__)
