@@ -5,7 +5,7 @@ import sys
 
 def main() -> int:
     """Report on stderr; exit code 2, as for every request that cannot be met."""
-    sys.stderr.write("exl: `convert` is not part of this version yet; `exl --help` lists what is\n")
+    sys.stderr.write("exl: `convert` is not part of this version yet; CHANGELOG.md says what is\n")
     return 2
 
 

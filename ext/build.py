@@ -11,6 +11,7 @@ The environment is read here and nowhere else:
     CXX                 the C++ compiler to use
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -200,7 +201,10 @@ def _compile(plan: Plan, folder: Path, ninja: str, log: Path, deadline: float, r
                         f"the build of the native kernels did not finish in time (after {elapsed:.0f} s); log: {log}",
                         hint="see what the machine is busy with, then start again",
                     )
-            status = process.wait()
+            try:  # its output has ended, so it is about to
+                status = process.wait(timeout=max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired as err:
+                raise BuildError(f"ninja does not end; log: {log}", hint="start again") from err
         finally:
             _end(process)
             counter.join()
@@ -227,8 +231,9 @@ class _Counter(threading.Thread):
         """Until ninja and all its children have closed the pipe."""
         try:
             for line in self._process.stdout or ():
-                self._log.write(line)
-                self._log.flush()
+                with contextlib.suppress(OSError):  # a full disk: the pipe must be emptied all the same
+                    self._log.write(line)
+                    self._log.flush()
                 self.lines.append(line.rstrip())
                 if line.startswith("[") and "/" in line[:12]:
                     count = line[1:].split("/", 1)[0]

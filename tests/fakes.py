@@ -140,6 +140,10 @@ class FakeDetokenizer:
 
 class FakeTokenizer:
     eos_id = EOS
+    special_ids = frozenset({EOS})
+
+    def id_of(self, token: str) -> int | None:
+        return None
 
     def detokenizer(self, skip_special: bool = True) -> FakeDetokenizer:
         return FakeDetokenizer()

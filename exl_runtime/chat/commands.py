@@ -24,7 +24,8 @@ class Conversation:
     session: ChatSession
     screen: Screen
     can_draft: bool = False
-    file: Path | None = None
+    file: Path | None = None  # saved to or loaded from last
+    left_file: bool = False  # the conversation in it was cleared away
     draft: str = ""
     draft_edits: int | None = None
     done: bool = False
@@ -58,6 +59,8 @@ def handle(chat: Conversation, line: str) -> bool:
         find(name).run(chat, rest.strip())
     except ExlError as err:
         chat.screen.error(str(err))
+    except OSError as err:  # whatever a file system may say, no command ends the conversation
+        chat.screen.error(f"/{name}: {err.strerror or err}")
     return True
 
 
@@ -191,22 +194,30 @@ def _turns(chat: Conversation, rest: str) -> None:
 
 def _clear(chat: Conversation, rest: str) -> None:
     chat.session.clear()
-    chat.last = None
+    chat.last, chat.left_file = None, chat.file is not None
     chat.screen.notice("a new conversation; system prompt and settings stay")
 
 
 def _save(chat: Conversation, rest: str) -> None:
+    if chat.left_file and not rest:  # it would write over the conversation that was left
+        raise UsageError("which file? this is a new conversation", hint=f"the one before is in {chat.file}")
     path = _path(chat, rest)
     chat.session.save(path)
-    chat.file = path
+    chat.file, chat.left_file = path, False
     chat.screen.notice(f"saved {len(chat.session.turns)} messages to {path}")
 
 
 def _load(chat: Conversation, rest: str) -> None:
     path = _path(chat, rest)
     chat.session = ChatSession.load(path, chat.session.runtime)
-    chat.file, chat.last = path, None
-    chat.screen.notice(f"loaded {len(chat.session.turns)} messages, with their system prompt and settings, from {path}")
+    chat.file, chat.last, chat.left_file = path, None, False
+    show_loaded(chat)
+
+
+def show_loaded(chat: Conversation) -> None:
+    """What was loaded, and how it ended."""
+    turns = len(chat.session.turns)
+    chat.screen.notice(f"loaded {turns} messages, with their system prompt and settings, from {chat.file}")
     for turn in chat.session.turns[-2:]:
         chat.screen.notice(f"{turn.role}: {status.excerpt(turn.content, 100)}")
 
@@ -220,7 +231,7 @@ def _path(chat: Conversation, rest: str) -> Path:
 
 
 def _template(chat: Conversation, rest: str) -> None:
-    messages = chat.session.messages
+    messages = chat.session.seen_messages
     if not messages:
         raise UsageError("nothing was said yet, so there is nothing to render")
     asks = messages[-1]["role"] == "user"
@@ -261,7 +272,7 @@ def _copy(chat: Conversation, rest: str) -> None:
     text, what = replies[-1], "the reply"
     if rest:
         blocks = code_blocks(text)
-        if not rest.isdigit() or not 1 <= int(rest) <= len(blocks):
+        if not rest.isdecimal() or not 1 <= int(rest) <= len(blocks):
             raise UsageError(f"there is no code block {rest}", hint=f"the last reply has {len(blocks)}")
         text, what = blocks[int(rest) - 1], f"code block {rest}"
     if not chat.screen.copy(text):

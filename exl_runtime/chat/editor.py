@@ -105,9 +105,8 @@ class PromptEditor:
             try:
                 return assembled(user_text(self._session.prompt(PROMPT, default=draft)))
             except KeyboardInterrupt:
-                if not self._session.default_buffer.text:
-                    raise
-                draft = ""
+                if draft or not self._session.default_buffer.text:
+                    raise  # with a draft it is the edit that is given up, not only its text
 
 
 def _bindings() -> KeyBindings:

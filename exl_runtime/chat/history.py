@@ -4,7 +4,6 @@ Reads nothing on trust: every value is checked, and a damaged or foreign file is
 """
 
 import json
-import math
 import os
 import stat
 import tempfile
@@ -19,6 +18,7 @@ from .turn import ROLES, ReplyMeta, Turn
 
 FORMAT = "exl-runtime chat"
 VERSION = 1
+MOST = 1 << 53  # no count of tokens or seconds comes near it
 MAX_BYTES = 64 << 20  # far above any conversation; keeps a wrong path from filling the memory
 
 
@@ -38,7 +38,11 @@ def write(path: Path, transcript: Transcript) -> None:
         path = path.resolve()
     except (OSError, RuntimeError, ValueError) as err:  # a loop of links, a null byte
         raise SessionError(f"{clean_line(str(path))} is not a path to write to: {err}") from err
-    if path.exists() and not _is_ours(path):
+    try:
+        foreign = path.exists() and not _is_ours(path)
+    except OSError as err:  # a name too long, a folder of somebody else
+        raise SessionError(f"cannot write {clean_line(str(path), 200)}: {err.strerror or err}") from err
+    if foreign:
         raise SessionError(
             f"{clean_line(str(path))} exists and is not a saved chat", hint="choose another name, or remove the file"
         )
@@ -139,8 +143,8 @@ def _meta(value: object, where: str) -> ReplyMeta:
             _text(entry, f"{name} in {where}")
         elif isinstance(entry, bool) or not isinstance(entry, int if kind is int else (int, float)):
             raise _Wrong(f"{name} in {where} is not a number")
-        elif not (math.isfinite(entry) and entry >= 0):
-            raise _Wrong(f"{name} in {where} is {entry}")
+        elif not 0 <= entry < MOST:  # NaN fails both
+            raise _Wrong(f"{name} in {where} is out of range")
     return ReplyMeta(**value)
 
 

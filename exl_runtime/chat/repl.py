@@ -6,13 +6,14 @@ Knows the session, a screen and an editor; knows nothing of loading models.
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TextIO
 
 from ..errors import ExlError
 from ..generation.request import Result
 from ..generation.stream import Dropped, Finished, Text
 from . import status
-from .commands import Conversation, handle, message
+from .commands import Conversation, handle, message, show_loaded
 from .editor import Editor
 from .interrupts import quiet_keyboard
 from .screen import Screen
@@ -31,9 +32,11 @@ def greet(session: ChatSession, screen: Screen) -> None:
     screen.notice("/help for commands · Ctrl-C stops a reply · Ctrl-D quits")
 
 
-def run(session: ChatSession, screen: Screen, editor: Editor) -> None:
-    """Talk until /exit, Ctrl-D, or Ctrl-C twice with nothing typed in between."""
-    chat = Conversation(session=session, screen=screen, can_draft=editor.drafts)
+def run(session: ChatSession, screen: Screen, editor: Editor, *, file: Path | None = None) -> None:
+    """Talk until /exit, Ctrl-D, or Ctrl-C twice with nothing typed in between. `file`: where `session` came from."""
+    chat = Conversation(session=session, screen=screen, can_draft=editor.drafts, file=file)
+    if file is not None:
+        show_loaded(chat)
     interrupted = False
     while not chat.done:
         draft, edits = chat.draft, chat.draft_edits
@@ -43,6 +46,9 @@ def run(session: ChatSession, screen: Screen, editor: Editor) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
+            if edits is not None:
+                screen.notice("the message stays as it was")
+                continue
             if interrupted:
                 return
             interrupted = True

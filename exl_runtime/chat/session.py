@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..sampling.params import SamplingParams
 
 __all__ = ["ChatSession", "ReplyMeta", "ReplySettings", "Turn"]
+HALF = "\ufffd"
 MAKING = "another reply of this chat is still being made"
 
 
@@ -81,6 +82,11 @@ class ChatSession:
     def messages(self) -> list[dict[str, str]]:
         """The whole conversation as chat templates want it, system prompt first."""
         return self._messages(self._turns)
+
+    @property
+    def seen_messages(self) -> list[dict[str, str]]:
+        """The part of `messages` that still fits the context: what the model sees."""
+        return self._messages(self._turns[self._left :])
 
     @property
     def forgotten(self) -> tuple[Turn, ...]:
@@ -176,16 +182,21 @@ class ChatSession:
     ) -> Iterator[Event]:
         """Checks now, runs when iterated: a stream that is never started changes nothing."""
         self._check_idle()
-        return self._run(turns, extended, self._left if left is None else left)
+        self._stop_asked = False
+        return self._run(turns, extended, self._left if left is None else left, self._turns)
 
-    def _run(self, turns: tuple[Turn, ...], extended: Turn | None, left: int) -> Iterator[Event]:
+    def _run(
+        self, turns: tuple[Turn, ...], extended: Turn | None, left: int, since: tuple[Turn, ...]
+    ) -> Iterator[Event]:
         self._check_idle()
+        if self._turns is not since:
+            raise UsageError("the conversation went on since this stream was made", hint="make a new one")
         before = (self._turns, self._left, self._cut_ids)
         self._left = left
         known = self._known_ids(extended)
         prompt = self._messages(turns[self._left :]) if extended is None else self._prefix(turns) + list(known)
         collected = _Collected()
-        self._making, self._stop_asked = True, False
+        self._making = True
         try:
             self._stream = self.runtime.stream(
                 prompt,
@@ -218,8 +229,10 @@ class ChatSession:
         if extended is not None:
             ids = (*known, *result.ids)
             # Together the tokens may say it differently than in two parts (a blank between words belongs to one).
+            # A character cut in two shows as U+FFFD at the seam of each part, and as itself in the whole.
             whole = self.runtime.tokenizer.decode(ids)
-            text = whole if whole.startswith(extended.content) and whole.endswith(text) else extended.content + text
+            fits = whole.startswith(extended.content.rstrip(HALF)) and whole.endswith(text.lstrip(HALF))
+            text = whole if fits else extended.content + text
         self._turns = (*turns, Turn("assistant", text, _meta(result)))
         self._cut_ids = ids if result.stop_reason in ("length", "cancelled", "deadline") else ()
 

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
-from ..chat.settings import DEFAULT_MAX_TOKENS
+from ..chat.settings import DEFAULT_MAX_TOKENS, ReplySettings
 from ..chat.terminal import Terminal, user_text
 from .options import (
     add_loading,
@@ -13,12 +14,14 @@ from .options import (
     add_reply,
     add_sampling,
     chosen_sampling,
+    given_sampling,
     open_runtime,
     stop_texts,
 )
 
 DEMO_MAX_TOKENS = 200  # the toy has little to say, and does not always notice when it has said it
 DEMO_TEMPERATURE = 0.3  # it knows few things well; drawing boldly makes it wrong
+OVERFLOW = "drop"
 HELP = "talk to a model in the terminal; with a pipe, every line of standard input is a message"
 USAGE = "[MODEL] [options]"
 
@@ -27,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_model(parser, optional=True)
     add_loading(parser)
-    add_reply(parser, overflow="drop", max_tokens=None, shown=f"{DEFAULT_MAX_TOKENS}, demo {DEMO_MAX_TOKENS}")
+    add_reply(parser, overflow=OVERFLOW, max_tokens=None, shown=f"{DEFAULT_MAX_TOKENS}, demo {DEMO_MAX_TOKENS}")
     add_sampling(parser)
     group = parser.add_argument_group("the terminal")
     group.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
@@ -41,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from ..chat import repl
     from ..chat.screen import make_screen
     from ..chat.session import ChatSession
-    from ..chat.settings import ReplySettings
 
     sampling = chosen_sampling(args)
     settings = ReplySettings(
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
                 settings = replace(settings, sampling=replace(sampling, temperature=DEMO_TEMPERATURE))
         if args.load is not None:
             session = ChatSession.load(args.load, runtime)
+            session.settings = overlaid(session.settings, args)
         else:
             session = ChatSession(runtime, settings=settings)
         if args.system is not None:
@@ -71,7 +74,19 @@ def run(args: argparse.Namespace) -> int:
         from ..chat.editor import make_editor
 
         repl.greet(session, screen)
-        repl.run(session, screen, make_editor(terminal))
+        file = None if args.load is None else Path(args.load)
+        repl.run(session, screen, make_editor(terminal), file=file)
         if terminal.editor:
             sys.stdout.write("\n" if not terminal.styled else "")
     return 0
+
+
+def overlaid(saved: ReplySettings, args: argparse.Namespace) -> ReplySettings:
+    """The settings of a saved conversation, with what the command line names on top. Raises UsageError."""
+    return replace(
+        saved,
+        sampling=replace(saved.sampling, **given_sampling(args)),
+        max_tokens=args.max_tokens or saved.max_tokens,
+        stop=stop_texts(args) or saved.stop,
+        overflow=saved.overflow if args.overflow == OVERFLOW else args.overflow,
+    )

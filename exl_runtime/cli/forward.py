@@ -5,9 +5,9 @@ import sys
 
 # command -> (package, arguments put before the user's, one line of help)
 PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "convert": ("convert", (), "make an EXL2 model (python -m convert)"),
-    "eval": ("eval", (), "measure what a model is worth (python -m eval)"),
-    "bench": ("eval", ("speed",), "measure speed (python -m eval speed)"),
+    "convert": ("convert", (), "make an EXL2 model (not in this version)"),
+    "eval": ("eval", (), "measure what a model is worth (not in this version)"),
+    "bench": ("eval", ("speed",), "measure speed (not in this version)"),
 }
 
 

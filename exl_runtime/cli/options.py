@@ -122,13 +122,17 @@ def metavar(kind: Any) -> str:
 
 def chosen_sampling(args: argparse.Namespace, *, logprobs: int = 0) -> SamplingParams:
     """The parameters that were given, over the defaults. Raises UsageError naming the one that is wrong."""
+    return SamplingParams(logprobs=logprobs, **given_sampling(args))
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Name -> value of the parameters that were given. Raises UsageError for what cannot be read as its type."""
     kinds = sampling_kinds()
-    given = {
+    return {
         name: parse(name, kinds[name], user_text(text))
         for name in kinds
         if name not in NOT_HERE and (text := getattr(args, dest(name), None)) is not None
     }
-    return SamplingParams(logprobs=logprobs, **given)
 
 
 def stop_texts(args: argparse.Namespace) -> tuple[str, ...]:

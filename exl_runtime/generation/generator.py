@@ -144,13 +144,13 @@ class Generator:
                 self._deliver(events)
         return events
 
-    def stream(self, *requests: Request) -> Iterator[Event]:
+    def stream(self, *requests: Request, cancelled: Callable[[], bool] | None = None) -> Iterator[Event]:
         """Submit requests and yield their events until all have ended. Leaving early cancels those still running.
 
         Raises what `submit` raises, and the error of a request that failed (the others are cancelled then). Several
-        threads may stream at once: whoever waits drives the steps for all.
+        threads may stream at once: whoever waits drives the steps for all. `cancelled` is asked once, before the start.
         """
-        return self._stream(requests, [])
+        return self._stream(requests, [], cancelled)
 
     def run(self, requests: Iterable[Request]) -> list[Result]:
         """Run requests together; their results in the same order. Raises like `stream`."""
@@ -204,11 +204,16 @@ class Generator:
             self._submitted.append(sequence)
         return request.id
 
-    def _stream(self, requests: Iterable[Request], ids: list[str]) -> Iterator[Event]:
+    def _stream(
+        self, requests: Iterable[Request], ids: list[str], cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[Event]:
         box: deque[Event] = deque()
         try:
             for request in requests:
                 ids.append(self._submit(request, box))
+            if cancelled is not None and cancelled():  # before there was anything to cancel
+                for request_id in ids:
+                    self.cancel(request_id)
             unfinished = len(ids)
             while unfinished:
                 while box:

@@ -60,11 +60,16 @@ class Intake:
             limit=limit,
             sampler=self._make_sampler(request, seed),
             detokenizer=self.tokenizer.detokenizer(skip_special=request.skip_special),
-            stop_ids=StopIds(self.eos_ids, request.stop_ids),
+            stop_ids=StopIds(self.eos_ids, request.stop_ids | self._spelled(request.stop)),
             stop_text=StopStream(request.stop),
             submitted=now,
             dropped_tokens=dropped + request.dropped_tokens,
         )
+
+    def _spelled(self, stops: tuple[str, ...]) -> set[int]:
+        """Control tokens that stop strings spell out: they are no part of the text in which strings are looked for."""
+        ids = {self.tokenizer.id_of(stop) for stop in stops}
+        return {token for token in ids if token is not None and token in self.tokenizer.special_ids}
 
     def cut(self, length: int, keep: int) -> window.Cut:
         """What leaves a full context so that the reply can go on."""

@@ -49,12 +49,17 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("the prompt is empty", hint="give at least one token (a BOS token counts)")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}", hint="give at least 1, or None for no limit")
+        whole = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool)
+        if self.max_tokens is not None and (not whole or self.max_tokens < 1):
+            raise UsageError(f"max_tokens is {self.max_tokens!r}", hint="give a number from 1, or None for no limit")
+        if not isinstance(self.sampling, SamplingParams):
+            kind = type(self.sampling).__name__
+            raise UsageError(f"sampling is a {kind}, wanted SamplingParams", hint="SamplingParams.from_dict takes one")
         if isinstance(self.stop, str) or any(not isinstance(stop, str) or not stop for stop in self.stop):
-            raise UsageError(f"stop is {self.stop!r}", hint="give a tuple of strings that are not empty")
-        if self.deadline is not None and not self.deadline > 0:
-            raise UsageError(f"deadline is {self.deadline} s", hint="give seconds above 0, or None for no deadline")
+            raise UsageError(f"stop is {self.stop!r}", hint="give texts that are not empty")
+        timed = isinstance(self.deadline, int | float) and not isinstance(self.deadline, bool)
+        if self.deadline is not None and not (timed and self.deadline > 0):
+            raise UsageError(f"deadline is {self.deadline!r}", hint="give seconds above 0, or None for no deadline")
         if self.overflow not in OVERFLOWS:
             raise UsageError(f"unknown overflow policy {self.overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
         if self.keep < 0:

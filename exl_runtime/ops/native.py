@@ -91,7 +91,8 @@ def resolve_backend(requested: str | None, device: torch.device) -> str:
         raise BackendUnavailable(f"unknown backend {requested!r}", hint=f"choose one of {', '.join(BACKENDS)}")
     if requested is not None and requested != device.type:
         raise BackendUnavailable(
-            f"the backend {requested!r} cannot run on the device {str(device)!r}", hint="use 'reference', or None"
+            f"the backend {requested!r} cannot run on the device {str(device)!r}",
+            hint="use auto or reference",
         )
     if device.type == "cpu":
         if requested is not None:

@@ -1,5 +1,6 @@
 """From what a caller hands in (text, token ids, messages) to the token ids of one prompt. Knows no model."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -80,10 +81,17 @@ class Preparer:
     def _checked(self, ids: Sequence[int]) -> Prepared:
         if not len(ids):
             raise UsageError("the prompt is empty", hint="give at least one token of text")
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise UsageError(f"{token!r} is not a token id of this model (0 to {self.vocab_size - 1})")
-        return Prepared(ids=tuple(ids))
+        return Prepared(ids=tuple(self._checked_id(token) for token in ids))
+
+    def _checked_id(self, token: object) -> int:
+        """A Python int; whole numbers of other libraries (numpy, 0-d tensors) are ids too."""
+        try:
+            number = -1 if isinstance(token, bool) else operator.index(token)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.vocab_size:
+            raise UsageError(f"{token!r:.60} is not a token id of this model (0 to {self.vocab_size - 1})")
+        return number
 
     def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None) -> Prepared:
         starts = turn_starts(messages)

@@ -101,7 +101,7 @@ class Runtime:
         *,
         max_tokens: int | None = MAX_TOKENS,
         sampling: SamplingParams | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         overflow: str = "error",
         deadline: float | None = None,
         logprobs: int = 0,
@@ -114,6 +114,7 @@ class Runtime:
                     "drop" (oldest turns or tokens leave before the start), "window" (and again whenever it is full)
         deadline    seconds, queueing included; then the reply ends with stop_reason "deadline"
         logprobs    report the log-probability of every token and of the n best alternatives
+        An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """
         many = is_batch(prompt)
@@ -224,7 +225,7 @@ class Runtime:
         if overflow not in OVERFLOWS:
             raise UsageError(f"unknown overflow policy {overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
         params = sampling if sampling is not None else SamplingParams()
-        if logprobs:
+        if logprobs and isinstance(params, SamplingParams):
             params = replace(params, logprobs=logprobs)
         prepared = self._preparer.prepare(prompt, max_tokens=max_tokens, overflow=overflow)
         return Request(
@@ -232,7 +233,7 @@ class Runtime:
             prompt=prepared.ids,
             max_tokens=max_tokens,
             sampling=params,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             deadline=deadline,
             overflow=overflow,
             dropped_turns=prepared.dropped_turns,

@@ -38,10 +38,13 @@ class Rule:
         if isinstance(value, bool) or not isinstance(value, wanted):
             kind = "a whole number" if self.whole else "a number"
             raise UsageError(f"{name} must be {kind}, got {value!r}", hint=f"allowed: {self.describe()}")
-        number: float = int(value) if self.whole else float(value)
+        try:
+            number: float = int(value) if self.whole else float(value)
+        except OverflowError:  # an integer beyond every float
+            number = math.inf if value > 0 else -math.inf
         inside = self.low < number <= self.high if self.above else self.low <= number <= self.high
         if not inside and number not in self.also:  # NaN fails every comparison
-            raise UsageError(f"{name} is {value}, allowed: {self.describe()}", hint=self.hint)
+            raise UsageError(f"{name} is {value!s:.40}, allowed: {self.describe()}", hint=self.hint)
         return number
 
 
@@ -106,9 +109,11 @@ def check_bias(name: str, value: object) -> dict[int, float]:
     checked = {}
     for key, bias in value.items():
         token = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-        if isinstance(bias, bool) or not isinstance(bias, Real) or math.isnan(bias) or bias > 1e6:
+        known = isinstance(bias, Real) and not isinstance(bias, bool)
+        # -inf bans; other numbers have to be ones a float can hold (NaN fails every comparison)
+        if not known or not (bias == -math.inf or -1e38 <= bias <= 1e6):
             raise UsageError(
-                f"{name}: the bias of token {key!r} is {bias!r}, allowed: numbers up to 1e6, -inf to ban",
+                f"{name}: the bias of token {key!r} is {bias!r:.60}, allowed: numbers up to 1e6, -inf to ban",
                 hint="to force a token use allowed_tokens",
             )
         checked[check_id(name, token)] = float(bias)

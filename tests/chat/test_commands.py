@@ -236,6 +236,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     path = tmp_path / "a talk.json"
     _, screen, _ = talk("/system S", "a", f"/save {path}", "b", "/save", "/clear", "/load", "c", "/exit")
     assert "saved 2 messages" in screen.said("notice") and "loaded 4 messages" in screen.said("notice")
+    before = path.read_bytes()
+    _, screen, _ = talk(f"/load {path}", "/clear", "/save", "new", "/save", f"/save {tmp_path / 'other'}", "/save")
+    assert screen.said("error").count("this is a new conversation") == 2 and path.read_bytes() == before
+    assert screen.said("notice").count("saved 2 messages") == 2
     _, screen, _ = talk("/save", f"/load {tmp_path / 'absent'}", "/load")
     assert screen.said("error").count("which file?") == 2 and "absent" in screen.said("error")
 

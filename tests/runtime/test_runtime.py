@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,3 +216,70 @@ def test_loading_options(ember, tmp_path) -> None:
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}!")
     with exl.load(ember, template=template, context=64) as runtime:
         assert runtime.render(QUESTION).text == QUESTION[0]["content"] + "!"
+
+
+def test_cancelling_at_any_moment_ends_in_good_order(rt) -> None:
+    before = rt.stream("hi " * 50, max_tokens=30)
+    before.cancel()
+    assert list(before)[-1].result.stop_reason == "cancelled" and before.result.generated_tokens == 0
+    closed = rt.stream("hi")
+    closed.close()
+    closed.close()
+    assert list(closed) == []
+
+    async def leave() -> None:
+        async for _ in rt.astream("Once upon a time", max_tokens=900, sampling=exl.SamplingParams(ignore_eos=True)):
+            pass
+
+    for seconds in (0.05, 0.1, 0.15):
+        with pytest.raises(asyncio.TimeoutError):
+            asyncio.run(asyncio.wait_for(leave(), seconds))
+    assert rt.stats.running == 0 and rt.stats.pages_held == 0
+
+
+def test_a_stop_string_that_is_a_control_token(rt) -> None:
+    token = rt.tokenizer.id_of("<|user|>")
+    only = exl.SamplingParams(temperature=0, allowed_tokens=(token,))
+    result = rt.generate(QUESTION, max_tokens=5, stop=["<|user|>"], sampling=only)
+    assert (result.stop_reason, result.generated_tokens, result.text) == ("stop", 1, "")
+
+
+def test_arguments_of_a_wrong_type_are_refused_in_words(rt) -> None:
+    for options in (
+        {"max_tokens": "3"},
+        {"max_tokens": 3.5},
+        {"max_tokens": True},
+        {"deadline": "3"},
+        {"sampling": {"temperature": 0}},
+    ):
+        with pytest.raises(errors.UsageError):
+            rt.generate("hi", **options)
+    with pytest.raises(errors.UsageError, match="temperature"):
+        exl.SamplingParams(temperature=10**400)
+    ids = torch.tensor(rt.tokenizer.encode("hi there"))
+    assert rt.generate(list(ids), max_tokens=2, stop=None, sampling=GREEDY).generated_tokens == 2
+
+
+def test_a_session_through_seams_and_mishaps(rt, tmp_path) -> None:
+    first, second = rt.tokenizer.encode("é", parse_special=False)
+    chat = rt.chat()
+    chat.settings = replace(chat.settings, max_tokens=1, sampling=replace(GREEDY, allowed_tokens=(first,)))
+    chat.send("hi")
+    chat.settings = replace(chat.settings, sampling=replace(GREEDY, allowed_tokens=(second,)))
+    chat.extend()
+    assert chat.turns[-1].content == "é"
+    with pytest.raises(errors.SessionError):
+        chat.save("/tmp/" + "a" * 300)
+    chat.save(tmp_path / "talk.json")
+    damaged = (tmp_path / "talk.json").read_text().replace('"prompt_tokens": ', '"prompt_tokens": 1' + "0" * 400)
+    (tmp_path / "big.json").write_text(damaged)
+    with pytest.raises(errors.SessionError):
+        exl.ChatSession.load(tmp_path / "big.json", rt)
+    chat = rt.chat()
+    one, two = chat.stream("first"), chat.stream("second")
+    list(one)
+    with pytest.raises(errors.UsageError, match="went on"):
+        list(two)
+    three = chat.stream("third")
+    chat.cancel()
+    assert list(three)[-1].result.stop_reason == "cancelled"
