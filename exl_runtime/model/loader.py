@@ -12,10 +12,11 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..config.names import Source
 from ..config.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec
-from ..errors import CheckpointError, FormatError, NonFiniteError
+from ..errors import CheckpointError, FormatError
 from ..formats.base import LinearShape, QuantFormat
+from ..formats.checks import require_finite
 from ..formats.dense import Dense
-from ..formats.detect import FormatHints, load_linear
+from ..formats.detect import MARKERS, FormatHints, load_linear
 from ..formats.exl2 import Exl2
 from ..formats.hints import FOREIGN_METHODS
 from ..ops.linear.select import select
@@ -132,7 +133,7 @@ class _Loader:
             )
         if table.dtype == torch.float64:
             table = table.float()
-        self.require_finite(table, where)
+        require_finite(table, "value", where)
         return Embedding(table.to(self.device), scale=self.spec.embedding_scale)
 
     def norm(self, candidates: tuple[str, ...], size: int) -> Tensor:
@@ -141,7 +142,7 @@ class _Loader:
         where = self.checkpoint.where(f"{path}.weight")
         if weight.dtype not in FLOATS or tuple(weight.shape) != (size,):
             raise FormatError(f"{where}: norm weight is {weight.dtype} {tuple(weight.shape)}, wanted float ({size},)")
-        self.require_finite(weight, where)
+        require_finite(weight, "value", where)
         return weight.to(device=self.device, dtype=torch.float32)
 
     def bias(self, source: Source, size: int) -> Tensor | None:
@@ -156,23 +157,13 @@ class _Loader:
                 f"{where}: bias is {bias.dtype} {tuple(bias.shape)}, wanted at least {start + size} floats"
             )
         bias = bias[start : start + size]
-        self.require_finite(bias, where)
+        require_finite(bias, "value", where)
         # Many GPTQ exports carry an all-zero bias for layers that have none.
         return bias.to(device=self.device, dtype=self.dtype, copy=True) if bias.any() else None
 
     def first_existing(self, candidates: tuple[str, ...], suffix: str) -> str:
-        for path in candidates:
-            if self.checkpoint.has(f"{path}.{suffix}"):
-                return path
-        # The reader's own message names the file list and the nearest existing name.
-        self.checkpoint.tensor(f"{candidates[0]}.{suffix}")
-        raise CheckpointError(f"tensor {candidates[0]}.{suffix} is missing")
-
-    @staticmethod
-    def require_finite(tensor: Tensor, where: str) -> None:
-        # Both bounds inherit a NaN; a mask of an embedding table would be another tensor of its size.
-        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-            raise NonFiniteError(f"{where} contains NaN or infinity", hint="the file is damaged; download it again")
+        """The first path that exists; when none does the very first, so that reading it says what is missing."""
+        return next((path for path in candidates if self.checkpoint.has(f"{path}.{suffix}")), candidates[0])
 
     # --- linears ----------------------------------------------------------------------------------------------
 
@@ -205,7 +196,7 @@ class _Loader:
         )
 
     def markers(self, path: str) -> bool:
-        return bool({"weight", "q_weight", "qweight"} & self.checkpoint.suffixes(path))
+        return bool(MARKERS.keys() & self.checkpoint.suffixes(path))
 
     def quantized(self, source: Source, shape: LinearShape) -> QuantFormat:
         group = self.checkpoint.group(source.path)

@@ -12,9 +12,8 @@ from ..config.names import Source
 from ..config.read import load_config
 from ..config.resolve import resolve
 from ..config.spec import MlpSpec, ModelSpec
+from ..formats.detect import MARKERS
 from .placement import cache_name, plan, resolve_cache_dtype
-
-MARKERS = {"q_weight": "exl2", "qweight": "gptq", "weight": "dense"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +49,20 @@ class ModelSummary:
     free_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """All matrices of a model as they lie on disk, without biases and norms.
+
+    format           its quantized format if it has one, else "dense"; "exl2+gptq" for a mixture
+    bits_per_weight  of the decoder layers, as EXL2 names count
+    """
+
+    format: str
+    bits_per_weight: float
+    nbytes: int
+    kinds: tuple[KindSummary, ...]
+
+
 @dataclass(slots=True)
 class _Tally:
     matrices: int = 0
@@ -70,30 +83,20 @@ def summarize(
     where = torch.device(device)
     dtype = resolve_cache_dtype(cache, where)
     with Checkpoint.open(folder) as checkpoint:
-        tallies, formats = _tally(checkpoint, spec)
+        stored = stored_weights(checkpoint, spec)
         file_bytes = checkpoint.total_bytes
-    inside = [tally for kind, tally in tallies.items() if kind not in ("embedding", "head")]
-    weight_bytes = int(sum(tally.bits for tally in tallies.values()) / 8)
+    weight_bytes = stored.nbytes
     needed = plan(spec, context=context or spec.context_length, weight_bytes=weight_bytes, dtype=dtype)
     return ModelSummary(
         name=folder.resolve().name,
         path=str(folder),
         architecture=spec.architecture,
-        format=dominant(formats),
-        parameters=sum(tally.weights for tally in tallies.values()),
-        bits_per_weight=sum(tally.bits for tally in inside) / max(1, sum(tally.weights for tally in inside)),
+        format=stored.format,
+        parameters=sum(kind.weights for kind in stored.kinds),
+        bits_per_weight=stored.bits_per_weight,
         file_bytes=file_bytes,
         weight_bytes=weight_bytes,
-        kinds=tuple(
-            KindSummary(
-                kind=kind,
-                matrices=tally.matrices,
-                weights=tally.weights,
-                bits_per_weight=tally.bits / max(1, tally.weights),
-                formats=tuple(sorted(formats[kind])),
-            )
-            for kind, tally in tallies.items()
-        ),
+        kinds=stored.kinds,
         context_length=spec.context_length,
         context=needed.context,
         cache_dtype=cache_name(dtype),
@@ -104,10 +107,26 @@ def summarize(
     )
 
 
-def dominant(formats: dict[str, set[str]]) -> str:
-    """One word for the model: its quantized format if it has one, else "dense"; "exl2+gptq" for a mixture."""
+def stored_weights(checkpoint: Checkpoint, spec: ModelSpec) -> StoredWeights:
+    """What the headers of an open checkpoint say about the matrices of `spec`."""
+    tallies, formats = _tally(checkpoint, spec)
+    inside = [tally for kind, tally in tallies.items() if kind not in ("embedding", "head")]
     quantized = sorted(set().union(*formats.values()) - {"dense"})
-    return "+".join(quantized) or "dense"
+    return StoredWeights(
+        format="+".join(quantized) or "dense",
+        bits_per_weight=sum(tally.bits for tally in inside) / max(1, sum(tally.weights for tally in inside)),
+        nbytes=int(sum(tally.bits for tally in tallies.values()) / 8),
+        kinds=tuple(
+            KindSummary(
+                kind=kind,
+                matrices=tally.matrices,
+                weights=tally.weights,
+                bits_per_weight=tally.bits / max(1, tally.weights),
+                formats=tuple(sorted(formats[kind])),
+            )
+            for kind, tally in tallies.items()
+        ),
+    )
 
 
 def _tally(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, _Tally], dict[str, set[str]]]:
@@ -156,13 +175,13 @@ def _stored(checkpoint: Checkpoint, sources: tuple[Source, ...]) -> tuple[float,
             if checkpoint.has(source.path):
                 info = checkpoint.info(source.path)
                 share = 1.0 if source.start is None else (source.stop - source.start) / source.total
-                return (info.stop - info.start) * 8 / info.shape[0] * share, "dense"
+                return info.nbytes * 8 / info.shape[0] * share, "dense"
             continue
         suffixes = checkpoint.suffixes(source.path)
-        name = next((name for marker, name in MARKERS.items() if marker in suffixes), None)
+        name = next((cls.name for marker, cls in MARKERS.items() if marker in suffixes), None)
         if name is None:
             continue
         infos = [checkpoint.info(f"{source.path}.{suffix}") for suffix in suffixes if suffix != "bias"]
         share = 1.0 if source.start is None else (source.stop - source.start) / source.total
-        return sum(info.stop - info.start for info in infos) * 8 * share, name
+        return sum(info.nbytes for info in infos) * 8 * share, name
     return None

@@ -14,7 +14,7 @@ from ..config.spec import ModelSpec
 from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
 from ..model.loader import load_transformer
 from ..model.placement import auto_context, cache_name, cache_pages, geometry_of, resolve_cache_dtype, resolve_device
-from ..model.summary import summarize
+from ..model.summary import stored_weights
 from ..ops import native
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
@@ -72,15 +72,15 @@ def load(
             backend=kernels,
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
+        stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, dtype=dtype, device=where) if wanted is None else wanted
     kv = KVStorage(geometry_of(spec, dtype), cache_pages(spec, length, dtype=dtype, device=where), where)
-    summary = summarize(folder)
     info = RuntimeInfo(
-        name="demo" if folder == DEMO_FOLDER else summary.name,
+        name="demo" if folder == DEMO_FOLDER else folder.name,
         path=str(folder),
         architecture=spec.architecture,
-        format=summary.format,
-        bits_per_weight=summary.bits_per_weight,
+        format=stored.format,
+        bits_per_weight=stored.bits_per_weight,
         context=length,
         cache=cache_name(dtype),
         backend=kernels,
