@@ -1,1 +1,1 @@
-"""`python -m convert`: not in this version; see CHANGELOG.md."""
+"""`python -m convert`: EXL2 models out of fp16, bf16, fp32, GPTQ and EXL2 ones."""

@@ -1,13 +1,8 @@
-"""Entry point of `python -m convert`: says plainly that this version does not have it."""
+"""Entry point of `python -m convert`."""
 
 import sys
 
-
-def main() -> int:
-    """Report on stderr; exit code 2, as for every request that cannot be met."""
-    sys.stderr.write("exl: `convert` is not part of this version yet; CHANGELOG.md says what is\n")
-    return 2
-
+from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

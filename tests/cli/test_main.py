@@ -356,6 +356,13 @@ def test_other_programs_get_their_arguments(command: str, monkeypatch: pytest.Mo
     assert name == ("convert" if command == "convert" else "eval") and arguments[-2:] == ["--anything", "x"]
 
 
+def test_convert_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exl("--help") == 0
+    assert "make an EXL2 model out of an fp16, bf16, GPTQ or EXL2 one" in " ".join(capsys.readouterr().out.split())
+    assert exl("convert", "--help") == 0
+    assert "usage: exl convert -i" in capsys.readouterr().out
+
+
 def test_commands_are_all_wired() -> None:
     assert set(main.COMMANDS) == {"chat", "run", "info", "doctor"}
     for module in (chat, run, info, doctor):

@@ -1,0 +1,200 @@
+"""The encoding stage: layer after layer, each one a checkpoint together with the hidden states behind it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exl_runtime.ops.norm import rms_norm
+
+from .encoded import Encoded, Layout, stored_bits
+from .encoder import BEST, CLASSIC
+from .forward import LayerForward, embed
+from .layerpass import Encoding, LayerPass, Plan, encode_matrix
+from .layouts import describe
+from .moments import Moments
+from .progress import Progress
+from .report import MatrixReport
+from .source import HEAD, Slot, Source
+from .states import States
+from .store import read_json, read_tensors, write_json, write_tensors
+from .workspace import Workspace
+
+STREAMS = ("source", "result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the stage needs to know. layouts: path -> layout, the head's included."""
+
+    source: Source
+    space: Workspace
+    rows: Tensor
+    layouts: Mapping[str, Layout]
+    encoder: str
+    chunk: int
+    progress: Progress
+
+    @property
+    def correct(self) -> bool:
+        """Whether a second, unquantized stream runs beside."""
+        return self.encoder != "classic"
+
+
+@torch.no_grad()
+def encode_layers(job: Job) -> None:
+    """Encode every layer and the head that is not yet. Raises what reading and writing raise."""
+    spec, space = job.source.spec, job.space
+    layers = len(spec.layers)
+    todo = next((i for i in range(layers) if not space.layer(i).exists()), layers)
+    if todo == layers and space.layer(None).exists():
+        return
+    total = sum(len(job.source.slots(layer.index)) for layer in spec.layers) + 1
+    with job.progress.stage("encoding", total, "matrices") as bar:
+        bar.advance(sum(len(job.source.slots(i)) for i in range(todo)))
+        states = _begin(job, todo)
+        for i in range(todo, layers):
+            states = _layer(job, i, states, lambda path: bar.advance(note=path))
+        _head(job, states)
+        bar.advance(note=HEAD)
+        for held in states.values():
+            held.discard()
+
+
+def _begin(job: Job, layer: int) -> dict[str, States]:
+    """Hidden states before `layer`: from the checkpoint, or the embeddings."""
+    spec, space = job.source.spec, job.space
+    shape = (*job.rows.shape, spec.hidden_size)
+    streams = STREAMS if job.correct else STREAMS[1:]
+    paths = {name: space.states(layer, name) for name in streams}
+    if all(path.exists() for path in paths.values()):
+        return {name: States(shape, path, existing=True) for name, path in paths.items()}
+    if layer > 0:
+        raise RuntimeError(f"layer {layer - 1} is encoded, but the states behind it are gone")
+    table = job.source.embedding()
+    made = {}
+    for name, path in paths.items():
+        held = States(shape, path.with_suffix(".partial"))
+        used = table if name == "source" else table.half().float()
+        for at in range(0, job.rows.shape[0], job.chunk):
+            held.write(at, embed(spec, used, job.rows[at : at + job.chunk].to(job.source.device)))
+        held.commit(path)
+        made[name] = held
+    return made
+
+
+def _layer(job: Job, i: int, states: dict[str, States], advance) -> dict[str, States]:
+    """Encode layer i. Its files are written last: first the states behind it, so that a layer that exists is done."""
+    source, space = job.source, job.space
+    shape = next(iter(states.values())).shape
+    slots = {slot.key: slot for slot in source.slots(i)}
+    weights = source.layer(i)
+    after = {name: _copy(held, space.states(i + 1, name), job.chunk) for name, held in states.items()}
+    run = LayerPass(
+        forward=LayerForward(source.spec, source.spec.layers[i], shape[1], source.device),
+        slots=slots,
+        weights=weights,
+        plan=Plan(
+            layouts={key: job.layouts[slot.path] for key, slot in slots.items()},
+            recipe=CLASSIC if job.encoder == "classic" else BEST,
+            correct=job.correct,
+            chunk=job.chunk,
+        ),
+        source=after.get("source", after["result"]),
+        quantized=after["result"],
+        keep=lambda width: space.scratch((shape[0], shape[1], width)),
+        advance=advance,
+    )
+    done = run.run()
+    for name, held in after.items():
+        held.commit(space.states(i + 1, name))
+    dense = {name: run.result[key] for name, key in source.dense_tensors(i).items()}
+    _save(space, i, slots, done, weights, dense)
+    for held in states.values():
+        held.discard()
+    return after
+
+
+def _copy(held: States, path, chunk: int) -> States:
+    """The states a layer works on, beside the checkpoint it started from."""
+    fresh = States(held.shape, path.with_suffix(".partial"))
+    for at in range(0, held.rows, chunk):
+        fresh.write(at, held.read(at, min(at + chunk, held.rows)))
+    return fresh
+
+
+def _head(job: Job, states: dict[str, States]) -> None:
+    started = time.perf_counter()
+    source, spec = job.source, job.source.spec
+    slot = source.head_slot
+    norm = source.final_norm()
+    stored = norm.half().float()
+    moments = Moments(slot.inputs, source.device)
+    for at in range(0, job.rows.shape[0], job.chunk):
+        stop = min(at + job.chunk, job.rows.shape[0])
+        y = rms_norm(states["result"].read(at, stop).to(source.device), stored, spec.norm_eps, spec.norm_weight_offset)
+        x = None
+        if job.correct:
+            x = states["source"].read(at, stop).to(source.device)
+            x = rms_norm(x, norm, spec.norm_eps, spec.norm_weight_offset)
+        moments.add(y, x)
+    recipe = CLASSIC if job.encoder == "classic" else BEST
+    weight = source.head()
+    encoding = encode_matrix(weight, moments, job.layouts[slot.path], recipe, correct=job.correct)
+    encoding.seconds = time.perf_counter() - started
+    names = source.dense_tensors(None)
+    dense = {name: stored for name, key in names.items() if key == "final_norm"}
+    _save(job.space, None, {HEAD: slot}, {HEAD: encoding}, {}, dense)
+
+
+def _save(
+    space: Workspace,
+    layer: int | None,
+    slots: Mapping[str, Slot],
+    done: Mapping[str, Encoding],
+    weights: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    notes = {}
+    for key, slot in slots.items():
+        encoding = done[key]
+        bias = weights[f"{key}.bias"] if slot.biased else None
+        for suffix, tensor in encoding.encoded.tensors(bias, where=slot.path).items():
+            tensors[f"{slot.path}.{suffix}"] = tensor.cpu()
+        bits = stored_bits(encoding.encoded.layout, slot.inputs, slot.outputs, biased=slot.biased)
+        weights_in = slot.inputs * slot.outputs
+        notes[slot.path] = {
+            "bits_per_weight": bits / weights_in,
+            "layout": describe(encoding.encoded.layout),
+            "error": encoding.error,
+            "flags": list(encoding.flags),
+            "seconds": encoding.seconds,
+            "weights": weights_in,
+        }
+    for name, tensor in dense.items():
+        tensors[name] = (tensor.t() if tensor.dim() == 2 else tensor).half().cpu().contiguous()
+    write_json(space.notes(layer), {"matrices": notes})
+    write_tensors(space.layer(layer), tensors)
+
+
+def reports(source: Source, space: Workspace) -> tuple[MatrixReport, ...]:
+    """How every matrix went, in the model's order, the head last."""
+    found = []
+    for layer in (*range(len(source.spec.layers)), None):
+        for path, note in read_json(space.notes(layer))["matrices"].items():
+            found.append(MatrixReport(path=path, **{**note, "flags": tuple(note["flags"])}))
+    return tuple(found)
+
+
+def load_encoded(space: Workspace, layer: int | None, slots: Mapping[str, Slot]) -> dict[str, Encoded]:
+    """path -> matrix of one finished layer (None: the head)."""
+    tensors = read_tensors(space.layer(layer))
+    found = {}
+    for slot in slots.values():
+        prefix = f"{slot.path}."
+        group = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        found[slot.path] = Encoded.from_tensors(group, slot.outputs, where=slot.path)
+    return found

@@ -1,0 +1,292 @@
+"""One layer through the encoder: collect what goes into every matrix, encode it, hand the rows on. Knows no files.
+
+Two streams of hidden states run side by side (encoder.md 3): `source`, what the original model computes, and
+`result`, what the model encoded so far computes. Matrices are encoded in the order in which data meets them, so that
+each one sees, and may correct, the errors of those before it:  q k v -> o -> gate up -> down.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .encoded import Encoded, Layout
+from .encoder import Recipe, encode
+from .forward import LayerForward
+from .moments import Moments, factor
+from .source import Slot
+from .states import States
+
+EXPERT_BYTES = 1 << 30  # moments of experts collected at a time
+Keep = Callable[[int], States]  # width -> somewhere to keep hidden states of that width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a layer is encoded.
+
+    layouts   slot key -> layout          recipe  of the encoder
+    correct   aim at the source's outputs given the result's inputs; False: at the source's weights, every matrix of a
+              half layer seen with unquantized neighbours, as exllamav2 does (formats/exl2.md 6.5)
+    chunk     rows worked on at a time
+    """
+
+    layouts: Mapping[str, Layout]
+    recipe: Recipe
+    correct: bool
+    chunk: int
+
+
+@dataclass(slots=True)
+class Encoding:
+    """One encoded matrix, and how it went. error: relative error of its output on the inputs it was encoded for."""
+
+    encoded: Encoded
+    error: float
+    seconds: float
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class LayerPass:
+    """The state of one layer on its way. `weights` are the source's, `result` those of the encoded model."""
+
+    forward: LayerForward
+    slots: Mapping[str, Slot]
+    weights: dict[str, Tensor]
+    plan: Plan
+    source: States
+    quantized: States
+    keep: Keep
+    advance: Callable[[str], None] = lambda note: None
+    done: dict[str, Encoding] = field(default_factory=dict)
+    result: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Encoding]:
+        """Encode every matrix of the layer; afterwards both states hold the outputs of the layer.
+
+        Norms and routers of the result are rounded to half, as they are stored.
+        """
+        self.result = {key: value if key in self.slots else value.half().float() for key, value in self.weights.items()}
+        self._attention()
+        if self.forward.is_moe:
+            self._experts()
+        else:
+            self._mlp()
+        return self.done
+
+    # --- halves of the layer ----------------------------------------------------------------------------------
+
+    def _attention(self) -> None:
+        f, w0, w1 = self.forward, self.weights, self.result
+        inputs = self._moments("q_proj")
+        for _, x, y in self._chunks():
+            self._add(inputs, f.attention_input(y, w1), f.attention_input(x, w0))
+        inner = self._keeps("o_proj")
+        out = self._moments("o_proj", residual=True)
+        if not self.plan.correct:  # o_proj as seen behind unquantized neighbours
+            for _, _, y in self._chunks():
+                self._add(out, f.attention_inner(f.attention_input(y, w1), w0), None)
+        for key in ("q_proj", "k_proj", "v_proj"):
+            self._encode(key, inputs)
+        for start, x, y in self._chunks():
+            y_inner = f.attention_inner(f.attention_input(y, w1), w1)
+            x_inner = f.attention_inner(f.attention_input(x, w0), w0) if self.plan.correct else None
+            if self.plan.correct:
+                self._add(out, y_inner, x_inner, x - y)
+            self._store(inner, start, y_inner, x_inner)
+        self._encode("o_proj", out)
+        for start, x, y in self._chunks():
+            y_inner, x_inner = self._stored(inner, start, y.shape[0])
+            self.quantized.write(start, f.attention_add(y, y_inner, w1))
+            if self.plan.correct:
+                self.source.write(start, f.attention_add(x, x_inner, w0))
+        self._drop(inner)
+
+    def _mlp(self) -> None:
+        f, w0, w1 = self.forward, self.weights, self.result
+        inputs = self._moments("gate_proj")
+        for _, x, y in self._chunks():
+            self._add(inputs, f.mlp_input(y, w1), f.mlp_input(x, w0))
+        inner = self._keeps("down_proj")
+        out = self._moments("down_proj", residual=True)
+        if not self.plan.correct:
+            for _, _, y in self._chunks():
+                self._add(out, f.mlp_inner(f.mlp_input(y, w1), w0), None)
+        for key in ("gate_proj", "up_proj"):
+            self._encode(key, inputs)
+        for start, x, y in self._chunks():
+            y_inner = f.mlp_inner(f.mlp_input(y, w1), w1)
+            x_inner = f.mlp_inner(f.mlp_input(x, w0), w0) if self.plan.correct else None
+            if self.plan.correct:
+                self._add(out, y_inner, x_inner, x - y)
+            self._store(inner, start, y_inner, x_inner)
+        self._encode("down_proj", out)
+        for start, x, y in self._chunks():
+            y_inner, x_inner = self._stored(inner, start, y.shape[0])
+            self.quantized.write(start, f.mlp_add(y, y_inner, w1))
+            if self.plan.correct:
+                self.source.write(start, f.mlp_add(x, x_inner, w0))
+        self._drop(inner)
+
+    def _experts(self) -> None:
+        """Experts a few at a time, as their moments are large; each sees the tokens that are routed to it."""
+        f, w0, w1 = self.forward, self.weights, self.result
+        moe = f.layer.mlp
+        routes = [f.route(f.mlp_input(y, w1), w1) for _, _, y in self._chunks()]
+        assign = Assignment(routes, moe.experts, wanted=max(f.spec.hidden_size, moe.intermediate_size))
+        per_expert = 16 * (f.spec.hidden_size**2 + moe.intermediate_size**2)
+        batch = max(1, EXPERT_BYTES // per_expert)
+        for first in range(0, moe.experts, batch):
+            some = range(first, min(first + batch, moe.experts))
+            gates = {e: self._moments(f"experts.{e}.gate_proj") for e in some}
+            downs = {e: self._moments(f"experts.{e}.down_proj") for e in some}
+            for e, (h, source) in self._routed(assign, some):
+                self._add(gates[e], h, source)
+                if not self.plan.correct:
+                    self._add(downs[e], f.expert_inner(h, w0, e), None)
+            for e in some:
+                flags = assign.flags(e)
+                self._encode(f"experts.{e}.gate_proj", gates[e], flags)
+                self._encode(f"experts.{e}.up_proj", gates[e], flags)
+            if self.plan.correct:
+                for e, (h, source) in self._routed(assign, some):
+                    self._add(downs[e], f.expert_inner(h, w1, e), f.expert_inner(source, w0, e))
+            for e in some:
+                self._encode(f"experts.{e}.down_proj", downs[e], assign.flags(e))
+        for start, x, y in self._chunks():
+            self.quantized.write(start, f.mlp(y, w1))
+            if self.plan.correct:
+                self.source.write(start, f.mlp(x, w0))
+
+    def _routed(self, assign: "Assignment", experts: range) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """(expert, (rows of the result's input, of the source's)) for every chunk of rows and every expert in it."""
+        f = self.forward
+        for index, (_, x, y) in enumerate(self._chunks()):
+            h = f.mlp_input(y, self.result).flatten(0, 1)
+            source = f.mlp_input(x, self.weights).flatten(0, 1)
+            for e in experts:
+                rows = assign.rows(index, e)
+                if rows.numel():
+                    yield e, (h[rows], source[rows])
+
+    # --- pieces -----------------------------------------------------------------------------------------------
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first row, source states, result states). Without correction nobody looks at the source's."""
+        device = self.weights["input_norm"].device
+        for start in range(0, self.quantized.rows, self.plan.chunk):
+            stop = min(start + self.plan.chunk, self.quantized.rows)
+            y = self.quantized.read(start, stop).to(device)
+            yield start, self.source.read(start, stop).to(device) if self.plan.correct else y, y
+
+    def _moments(self, key: str, *, residual: bool = False) -> Moments:
+        slot = self.slots[key]
+        # Behind a further norm the error of the stream does not reach the matrix unchanged.
+        wanted = residual and self.plan.correct and not self.forward.spec.post_norms
+        device = self.weights["input_norm"].device
+        return Moments(slot.inputs, device, outputs=slot.outputs if wanted else None)
+
+    def _add(self, moments: Moments, y: Tensor, x: Tensor | None, residual: Tensor | None = None) -> None:
+        wanted = residual is not None and moments.has_residual
+        moments.add(y, x if self.plan.correct else None, residual if wanted else None)
+
+    def _keeps(self, key: str) -> tuple[States, States | None]:
+        width = self.slots[key].inputs
+        return self.keep(width), self.keep(width) if self.plan.correct else None
+
+    @staticmethod
+    def _store(inner: tuple[States, States | None], start: int, y: Tensor, x: Tensor | None) -> None:
+        inner[0].write(start, y)
+        if inner[1] is not None and x is not None:
+            inner[1].write(start, x)
+
+    def _stored(self, inner: tuple[States, States | None], start: int, rows: int) -> tuple[Tensor, Tensor | None]:
+        device = self.weights["input_norm"].device
+        y = inner[0].read(start, start + rows).to(device)
+        return y, None if inner[1] is None else inner[1].read(start, start + rows).to(device)
+
+    @staticmethod
+    def _drop(inner: tuple[States, States | None]) -> None:
+        for states in inner:
+            if states is not None:
+                states.discard()
+
+    def _encode(self, key: str, moments: Moments, flags: tuple[str, ...] = ()) -> None:
+        started = time.perf_counter()
+        plan, weight = self.plan, self.weights[key]
+        encoding = encode_matrix(weight, moments, plan.layouts[key], plan.recipe, correct=plan.correct)
+        encoding.seconds = time.perf_counter() - started
+        encoding.flags += flags
+        self.done[key] = encoding
+        self.result[key] = encoding.encoded.weight()
+        self.advance(self.slots[key].path)
+
+
+def encode_matrix(weight: Tensor, moments: Moments, layout: Layout, recipe: Recipe, *, correct: bool) -> Encoding:
+    """Encode one matrix from collected moments; says in `flags` when H had to be damped beyond the recipe or given up."""
+    hessian = moments.hessian
+    target = moments.target(weight) if correct else weight
+    factors = factor(hessian, damping=recipe.damping, floor=recipe.floor)
+    encoded = encode(target, factors, layout, recipe)
+    flags: tuple[str, ...] = ()
+    if factors.u is None:
+        flags = ("rounded: its Hessian is not positive definite",)
+    elif factors.damping > 1.5 * recipe.damping and factors.damping * float(hessian.diagonal().mean()) > 2 * FLOOR_SEEN:
+        flags = (f"Hessian damped by {factors.damping:.2g}",)
+    off = encoded.weight() - target
+    power = float((target * (hessian @ target)).sum())
+    lost = float((off * (hessian @ off)).sum())
+    error = (max(lost, 0.0) / power) ** 0.5 if power > 0 else 0.0
+    return Encoding(encoded, error, 0.0, flags)
+
+
+FLOOR_SEEN = 1e-5
+
+
+class Assignment:
+    """Which rows of every chunk each expert is encoded for: those routed to it, and more where they are too few.
+
+    A rare expert gets the rows whose router scores are the next best for it, up to `wanted` rows in all.
+    """
+
+    def __init__(self, routes: list[tuple[Tensor, Tensor, Tensor]], experts: int, wanted: int) -> None:
+        self._rows: list[list[Tensor]] = []
+        chosen = [torch.zeros(logits.shape, dtype=torch.bool, device=logits.device) for _, _, logits in routes]
+        for mask, (_, picks, _) in zip(chosen, routes, strict=True):
+            mask.scatter_(1, picks, True)
+        self.routed = sum(mask.sum(dim=0) for mask in chosen).tolist()
+        total = sum(mask.shape[0] for mask in chosen)
+        self.borrowed = [0] * experts
+        for e in range(experts):
+            missing = min(wanted, total) - self.routed[e]
+            if missing > 0:
+                # float64 and a stable sort: the same rows are picked whatever the chunks
+                scores = torch.cat(
+                    [
+                        logits[:, e].double().masked_fill(mask[:, e], float("-inf"))
+                        for mask, (_, _, logits) in zip(chosen, routes, strict=True)
+                    ]
+                )
+                best = torch.argsort(scores, descending=True, stable=True)[:missing]
+                extra = torch.zeros(total, dtype=torch.bool, device=scores.device)
+                extra[best] = True
+                self.borrowed[e] = missing
+                start = 0
+                for mask in chosen:
+                    mask[:, e] |= extra[start : start + mask.shape[0]]
+                    start += mask.shape[0]
+        self._rows = [[mask[:, e].nonzero()[:, 0] for e in range(experts)] for mask in chosen]
+
+    def rows(self, chunk: int, expert: int) -> Tensor:
+        """int64: rows of the flattened chunk."""
+        return self._rows[chunk][expert]
+
+    def flags(self, expert: int) -> tuple[str, ...]:
+        """What a reader of the report should know."""
+        if not self.borrowed[expert]:
+            return ()
+        return (f"{self.routed[expert]} tokens routed, {self.borrowed[expert]} more borrowed from the next best",)
