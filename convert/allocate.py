@@ -163,16 +163,22 @@ def _choice(item: Sensitivity, widths: np.ndarray, sizes: np.ndarray) -> Choice:
     layout: list[tuple[int, int]] = []
     loss = 0.0
     for place in dict.fromkeys(widths.tolist()):
-        bits, size = WIDTHS[place], int(sizes[place])
+        bits = WIDTHS[place]
         rows = int((widths == place).sum()) * ROW_MULTIPLE
+        size = _size(bits, int(sizes[place]), rows)
         layout += uniform(rows, bits, size)
         loss += float(np.array(item.losses[bits, size])[widths == place].sum())
     made = tuple(layout)
     return Choice(made, stored_bits(made, item.inputs, item.outputs, biased=item.biased), loss)
 
 
+def _size(bits: int, wanted: int, rows: int) -> int:
+    """The least group size that cuts `rows` rows as `wanted` does: what was measured for it fits best."""
+    return min(size for size in GROUP_SIZES[bits] if size >= min(wanted, rows))
+
+
 def _least(item: Sensitivity) -> Choice:
-    size = GROUP_SIZES[2][0]
+    size = _size(2, GROUP_SIZES[2][0], item.inputs)
     layout = uniform(item.inputs, 2, size)
     bits = stored_bits(layout, item.inputs, item.outputs, biased=item.biased)
     return Choice(layout, bits, float(sum(item.losses[2, size])))

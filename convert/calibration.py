@@ -22,7 +22,7 @@ from .rows import random_rows, rows_from_files
 from .sample import sample_rows
 from .source import Source
 
-TEMPERATURES = (1.0, 0.8, 1.0, 1.2)  # of sampled rows, in turn
+TEMPERATURES = (1.0, 1.0, 1.0, 0.8)  # of sampled rows, in turn; hotter text is less like any real one (LOG.md)
 RANDOM_SHARE = 64  # one row in so many is uniformly random: rare tokens occur at all
 CHAT_EVERY = 3  # one opening in so many is a chat, where the model has a template
 HELD_OUT = 8  # one row in so many, and at least as many rows, is kept for judging
@@ -43,7 +43,7 @@ def default_size(spec: ModelSpec) -> tuple[int, int]:
     """(rows, length): enough tokens for the least squares of the widest matrix (encoder.md 3), within reason."""
     length = min(512, spec.context_length)
     widest = max(max(spec.hidden_size, layer.mlp.intermediate_size) for layer in spec.layers)
-    tokens = min(max(65536, 16 * widest), 131072)
+    tokens = min(max(98304, 16 * widest), 131072)
     return max(16, tokens // length), length
 
 
@@ -130,6 +130,11 @@ def _openings(source: Source) -> tuple[list[list[int]], int]:
     vocab = source.spec.vocab_size
     texts = [ids for ids in texts if max(ids) < vocab]
     chats = [ids for ids in chats if ids and max(ids) < vocab]
+    if not texts:
+        raise ConvertError(
+            f"{source.folder}: its tokenizer gives ids that the model does not have ({vocab} tokens)",
+            hint="the tokenizer belongs to another model",
+        )
     mixed: list[list[int]] = []
     turn = 0
     for number, text in enumerate(texts):

@@ -2,17 +2,20 @@
 
 Every half layer takes one row of an option table. A row's error is measured on unquantized inputs, as the relative
 change of the half layer's output, residual stream included. Deviation: where exllamav2 anneals at random for a minute,
-the same objective, sum of error^p within the budget, is minimised by a price per bit, the same way every time.
+the same objective, sum of error^p within the budget, is minimised by dynamic programming, the same way every time.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from exl_runtime.errors import ConvertError
+from exl_runtime.formats.exl2 import ROW_MULTIPLE
 
 from .allocate import Range
 from .encoded import Layout, stored_bits
@@ -24,12 +27,18 @@ from .moments import Factor, Moments, factor
 from .source import Slot
 
 STEPS = 41  # values of p tried in each sweep
+CELLS, LEAST_CELLS = 64, 16384  # parts of the budget that choosing looks at: for every half, and in all
+TABLES = {"attention": CLASSIC_ATTENTION, "mlp": CLASSIC_MLP}
 SWEEPS = ((1.5, 3.5), (-0.075, 0.075))  # of p; the second around the best of the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """One half layer. table: which option table; errors: relative error of every row of it; sizes: stored bits."""
+    """One half layer.
+
+    table   a key of TABLES;  slots  of its matrices
+    errors  relative error of the half layer's output, for every row of the table
+    """
 
     name: str
     table: str
@@ -39,14 +48,14 @@ class Rows:
     @property
     def options(self) -> Sequence[Mapping[str, Option]]:
         """The rows of its table."""
-        return CLASSIC_ATTENTION if self.table == "attention" else CLASSIC_MLP
+        return TABLES[self.table]
 
     def layouts(self, row: int) -> dict[str, Layout]:
         """path -> layout of one row of the table."""
         return {path: self.options[row][_part(path)].layout(inputs) for path, inputs, _, _ in self.slots}
 
     def sizes(self) -> list[int]:
-        """Stored bits of the half layer, row by row."""
+        """Stored bits of the half layer for every row of the table."""
         return [
             sum(
                 stored_bits(layouts[path], inputs, outputs, biased=biased)
@@ -69,10 +78,12 @@ class Rows:
                 slots=tuple((str(p), int(k), int(n), bool(b)) for p, k, n, b in entry["slots"]),
                 errors=tuple(float(x) for x in entry["errors"]),
             )
-            complete = len(made.errors) == len(made.options)
-        except (KeyError, TypeError, ValueError) as err:
+            parts = made.options[0].keys()
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise ConvertError(f"{where}: the entry of {name} is damaged", hint="measure again") from err
-        if not complete:
+        complete = bool(made.slots) and len(made.errors) == len(made.options)
+        complete &= all(_part(p) in parts and k > 0 and k % ROW_MULTIPLE == 0 and n > 0 for p, k, n, _ in made.slots)
+        if not complete or not all(0 <= error < math.inf for error in made.errors):
             raise ConvertError(f"{where}: the entry of {name} is incomplete", hint="measure again")
         return made
 
@@ -224,7 +235,6 @@ def choose(halves: Sequence[Rows], target: float) -> dict[str, Layout]:
     """path -> layout for at most `target` bits per weight over all halves. Raises ConvertError with the range."""
     sizes = [half.sizes() for half in halves]
     weights = sum(k * n for half in halves for _, k, n, _ in half.slots)
-    budget = int(target * weights)
     least, most = (sum(pick(size) for size in sizes) / weights for pick in (min, max))
     if not least <= target:
         raise ConvertError(
@@ -232,6 +242,7 @@ def choose(halves: Sequence[Rows], target: float) -> dict[str, Layout]:
             f"{most:.3f} for this model",
             hint="use more bits, or --encoder best",
         )
+    budget = int(target * weights)
     best: tuple[float, float] | None = None
     for low, high in SWEEPS:
         around = 0.0 if best is None else best[1]
@@ -248,30 +259,9 @@ def choose(halves: Sequence[Rows], target: float) -> dict[str, Layout]:
 def _solve(halves: Sequence[Rows], sizes: Sequence[Sequence[int]], budget: int, p: float) -> list[int]:
     """A row for every half that minimises sum(error^p); what is left buys next rows, as exllamav2 does."""
     costs = [[error**p for error in half.errors] for half in halves]
-
-    def at(price: float) -> list[int]:
-        return [
-            min(range(len(cost)), key=lambda row, c=cost, s=size: c[row] + price * s[row])
-            for cost, size in zip(costs, sizes, strict=True)
-        ]
-
-    def total(rows: Sequence[int]) -> int:
-        return sum(size[row] for size, row in zip(sizes, rows, strict=True))
-
-    low, high = 0.0, 1.0
-    if total(at(low)) <= budget:
-        return _raise(at(low), sizes, budget)
-    for _ in range(60):
-        middle = high / 2 if low == 0.0 else (low * high) ** 0.5
-        if total(at(middle)) <= budget:
-            high = middle
-        elif low == 0.0 or middle > low:
-            low = middle
-    rows = at(high)
-    if total(rows) > budget:
-        rows = [min(range(len(size)), key=size.__getitem__) for size in sizes]
-    # single moves that lower the sum, best gain per bit first
-    left = budget - total(rows)
+    rows = _knapsack(costs, sizes, budget)
+    # what rounding sizes up has left: single moves that lower the sum, best gain per bit first
+    left = budget - sum(size[row] for size, row in zip(sizes, rows, strict=True))
     while True:
         moves = [
             ((costs[i][rows[i]] - costs[i][row]) / (sizes[i][row] - sizes[i][rows[i]]), i, row)
@@ -286,7 +276,38 @@ def _solve(halves: Sequence[Rows], sizes: Sequence[Sequence[int]], budget: int, 
         rows[i] = row
 
 
+def _knapsack(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """A row for every half: the least sum of costs within `budget`, by dynamic programming over the bits spent.
+
+    What a row takes above the least of its half is rounded up to whole units, at least LEAST_CELLS of which make up
+    all there is to spend, and CELLS for every half.
+    """
+    least = [min(size) for size in sizes]
+    room = budget - sum(least)
+    if room <= 0:
+        return [min(zip(size, cost, range(len(size)), strict=True))[2] for size, cost in zip(sizes, costs, strict=True)]
+    unit = -(-room // max(LEAST_CELLS, CELLS * len(sizes)))
+    cells = room // unit
+    total = np.zeros(cells + 1)  # least cost of the halves so far with at most so many units spent
+    picks = np.zeros((len(sizes), cells + 1), dtype=np.int8)
+    for cost, size, low, pick in zip(costs, sizes, least, picks, strict=True):
+        new = np.full(cells + 1, np.inf)
+        for row, units in enumerate(-(-(bits - low) // unit) for bits in size):
+            if units <= cells:
+                here = total[: cells + 1 - units] + cost[row]
+                better = here < new[units:]
+                new[units:][better] = here[better]
+                pick[units:][better] = row
+        total = new
+    rows, at = [0] * len(sizes), cells
+    for i in range(len(sizes) - 1, -1, -1):
+        rows[i] = int(picks[i, at])
+        at += (sizes[i][rows[i]] - least[i]) // -unit
+    return rows
+
+
 def _raise(rows: list[int], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """Lift any half to the next entry of its list while the budget allows, whether or not its error falls."""
     left = budget - sum(size[row] for size, row in zip(sizes, rows, strict=True))
     moved = True
     while moved:

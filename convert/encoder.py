@@ -26,7 +26,6 @@ class Recipe:
     scales   "classic": exllamav2's rule; "search": by the error after feedback
     damping  added to diag(H) before it is factored, relative to its mean;  floor: the least, absolute
     sweeps   of refinement on H + `sweep_damping` * mean(diag H)
-    order    rows by falling diag(H)
     """
 
     scales: Literal["classic", "search"]
@@ -93,11 +92,11 @@ class _State:
         self.maxima[index] = scales.maximum
 
     def round(self, index: int, w: Tensor, scales: Scales) -> None:
-        """Round to nearest."""
+        """Round to nearest; code 0 where the scale is 0, as in `ops.encode`."""
         bits = self.groups[index][0]
         values = scales.values()
-        safe = torch.where(values == 0, torch.ones_like(values), values)
-        codes = torch.round(w / safe).clamp_(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+        codes = torch.round(w / torch.where(values > 0, values, torch.inf))
+        codes.clamp_(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
         self.put(index, scales, codes.to(torch.int8), (codes * values).half().float())
 
 

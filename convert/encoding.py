@@ -1,16 +1,19 @@
 """The encoding stage: layer after layer, each one a checkpoint together with the hidden states behind it."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from exl_runtime.ops.norm import rms_norm
 
+from .checking import half
 from .encoded import Encoded, Layout, stored_bits
-from .encoder import BEST, CLASSIC
+from .encoder import BEST, CLASSIC, Recipe
 from .forward import LayerForward, embed
 from .layerpass import Encoding, LayerPass, Plan, encode_matrix
 from .layouts import describe
@@ -19,7 +22,7 @@ from .progress import Progress
 from .report import MatrixReport
 from .source import HEAD, Slot, Source
 from .states import States
-from .store import read_json, read_tensors, write_json, write_tensors
+from .store import PARTIAL, read_json, read_tensors, write_json, write_tensors
 from .workspace import Workspace
 
 STREAMS = ("source", "result")
@@ -38,6 +41,11 @@ class Job:
     progress: Progress
 
     @property
+    def recipe(self) -> Recipe:
+        """Of the encoder."""
+        return CLASSIC if self.encoder == "classic" else BEST
+
+    @property
     def correct(self) -> bool:
         """Whether a second, unquantized stream runs beside."""
         return self.encoder != "classic"
@@ -48,9 +56,10 @@ def encode_layers(job: Job) -> None:
     """Encode every layer and the head that is not yet. Raises what reading and writing raise."""
     spec, space = job.source.spec, job.space
     layers = len(spec.layers)
-    todo = next((i for i in range(layers) if not space.layer(i).exists()), layers)
-    if todo == layers and space.layer(None).exists():
+    todo = next((i for i in range(layers) if not space.encoded(i)), layers)
+    if todo == layers and space.encoded(None):
         return
+    todo = _where_states_are(job, todo)
     total = sum(len(job.source.slots(layer.index)) for layer in spec.layers) + 1
     with job.progress.stage("encoding", total, "matrices") as bar:
         bar.advance(sum(len(job.source.slots(i)) for i in range(todo)))
@@ -63,21 +72,29 @@ def encode_layers(job: Job) -> None:
             held.discard()
 
 
+def _where_states_are(job: Job, layer: int) -> int:
+    """The last layer up to `layer` with hidden states before it; 0, whose are the embeddings, when there is none."""
+    return next((i for i in range(layer, 0, -1) if all(path.exists() for path in _paths(job, i).values())), 0)
+
+
+def _paths(job: Job, layer: int) -> dict[str, Path]:
+    return {name: job.space.states(layer, name) for name in (STREAMS if job.correct else STREAMS[1:])}
+
+
 def _begin(job: Job, layer: int) -> dict[str, States]:
-    """Hidden states before `layer`: from the checkpoint, or the embeddings."""
-    spec, space = job.source.spec, job.space
+    """Hidden states before `layer`: from the checkpoint, or the embeddings. Those of other layers are removed."""
+    spec, paths = job.source.spec, _paths(job, layer)
     shape = (*job.rows.shape, spec.hidden_size)
-    streams = STREAMS if job.correct else STREAMS[1:]
-    paths = {name: space.states(layer, name) for name in streams}
+    for path in (job.space.folder / "states").glob("*"):
+        if path not in paths.values():
+            path.unlink()
     if all(path.exists() for path in paths.values()):
         return {name: States(shape, path, existing=True) for name, path in paths.items()}
-    if layer > 0:
-        raise RuntimeError(f"layer {layer - 1} is encoded, but the states behind it are gone")
     table = job.source.embedding()
     made = {}
     for name, path in paths.items():
-        held = States(shape, path.with_suffix(".partial"))
-        used = table if name == "source" else table.half().float()
+        held = States(shape, _partial(path))
+        used = table if name == "source" else half(table, "the embedding table").float()
         for at in range(0, job.rows.shape[0], job.chunk):
             held.write(at, embed(spec, used, job.rows[at : at + job.chunk].to(job.source.device)))
         held.commit(path)
@@ -85,20 +102,20 @@ def _begin(job: Job, layer: int) -> dict[str, States]:
     return made
 
 
-def _layer(job: Job, i: int, states: dict[str, States], advance) -> dict[str, States]:
+def _layer(job: Job, i: int, states: dict[str, States], advance: Callable[[str], None]) -> dict[str, States]:
     """Encode layer i. Its files are written last: first the states behind it, so that a layer that exists is done."""
     source, space = job.source, job.space
     shape = next(iter(states.values())).shape
     slots = {slot.key: slot for slot in source.slots(i)}
     weights = source.layer(i)
-    after = {name: _copy(held, space.states(i + 1, name), job.chunk) for name, held in states.items()}
+    after = {name: _copy(states[name], _partial(path), job.chunk) for name, path in _paths(job, i + 1).items()}
     run = LayerPass(
         forward=LayerForward(source.spec, source.spec.layers[i], shape[1], source.device),
         slots=slots,
         weights=weights,
         plan=Plan(
             layouts={key: job.layouts[slot.path] for key, slot in slots.items()},
-            recipe=CLASSIC if job.encoder == "classic" else BEST,
+            recipe=job.recipe,
             correct=job.correct,
             chunk=job.chunk,
         ),
@@ -108,8 +125,8 @@ def _layer(job: Job, i: int, states: dict[str, States], advance) -> dict[str, St
         advance=advance,
     )
     done = run.run()
-    for name, held in after.items():
-        held.commit(space.states(i + 1, name))
+    for name, path in _paths(job, i + 1).items():
+        after[name].commit(path)
     dense = {name: run.result[key] for name, key in source.dense_tensors(i).items()}
     _save(space, i, slots, done, weights, dense)
     for held in states.values():
@@ -117,9 +134,13 @@ def _layer(job: Job, i: int, states: dict[str, States], advance) -> dict[str, St
     return after
 
 
-def _copy(held: States, path, chunk: int) -> States:
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _copy(held: States, path: Path, chunk: int) -> States:
     """The states a layer works on, beside the checkpoint it started from."""
-    fresh = States(held.shape, path.with_suffix(".partial"))
+    fresh = States(held.shape, path)
     for at in range(0, held.rows, chunk):
         fresh.write(at, held.read(at, min(at + chunk, held.rows)))
     return fresh
@@ -130,7 +151,7 @@ def _head(job: Job, states: dict[str, States]) -> None:
     source, spec = job.source, job.source.spec
     slot = source.head_slot
     norm = source.final_norm()
-    stored = norm.half().float()
+    stored = half(norm, "the final norm").float()
     moments = Moments(slot.inputs, source.device)
     for at in range(0, job.rows.shape[0], job.chunk):
         stop = min(at + job.chunk, job.rows.shape[0])
@@ -140,12 +161,9 @@ def _head(job: Job, states: dict[str, States]) -> None:
             x = states["source"].read(at, stop).to(source.device)
             x = rms_norm(x, norm, spec.norm_eps, spec.norm_weight_offset)
         moments.add(y, x)
-    recipe = CLASSIC if job.encoder == "classic" else BEST
-    weight = source.head()
-    encoding = encode_matrix(weight, moments, job.layouts[slot.path], recipe, correct=job.correct)
+    encoding = encode_matrix(source.head(), moments, job.layouts[slot.path], job.recipe, correct=job.correct)
     encoding.seconds = time.perf_counter() - started
-    names = source.dense_tensors(None)
-    dense = {name: stored for name, key in names.items() if key == "final_norm"}
+    dense = {name: stored for name, key in source.dense_tensors(None).items() if key == "final_norm"}
     _save(job.space, None, {HEAD: slot}, {HEAD: encoding}, {}, dense)
 
 
@@ -169,13 +187,13 @@ def _save(
         notes[slot.path] = {
             "bits_per_weight": bits / weights_in,
             "layout": describe(encoding.encoded.layout),
-            "error": encoding.error,
+            "error": encoding.error if math.isfinite(encoding.error) else None,
             "flags": list(encoding.flags),
             "seconds": encoding.seconds,
             "weights": weights_in,
         }
     for name, tensor in dense.items():
-        tensors[name] = (tensor.t() if tensor.dim() == 2 else tensor).half().cpu().contiguous()
+        tensors[name] = half(tensor.t() if tensor.dim() == 2 else tensor, name).cpu().contiguous()
     write_json(space.notes(layer), {"matrices": notes})
     write_tensors(space.layer(layer), tensors)
 
@@ -185,7 +203,8 @@ def reports(source: Source, space: Workspace) -> tuple[MatrixReport, ...]:
     found = []
     for layer in (*range(len(source.spec.layers)), None):
         for path, note in read_json(space.notes(layer))["matrices"].items():
-            found.append(MatrixReport(path=path, **{**note, "flags": tuple(note["flags"])}))
+            error = math.nan if note["error"] is None else note["error"]
+            found.append(MatrixReport(path=path, **{**note, "error": error, "flags": tuple(note["flags"])}))
     return tuple(found)
 
 

@@ -1,6 +1,9 @@
-"""The last stage: the folder is written beside its place, opened again and compared, described, and only then named."""
+"""The last stage: the folder is written beside its place, opened again and compared, and described."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +13,20 @@ from torch import Tensor
 from exl_runtime import __version__
 from exl_runtime.checkpoint.header import read_header
 from exl_runtime.checkpoint.reader import DTYPES
-from exl_runtime.errors import ConvertError, NonFiniteError
+from exl_runtime.errors import ConvertError
 
+from .checking import half
 from .options import JobOptions
 from .progress import Progress
 from .report import Divergence, MatrixReport, Report, write_report
 from .source import Source
-from .store import Planned, read_tensor, write_bytes
+from .store import PARTIAL, Planned, naming, read_tensor, write_bytes
 from .verify import Room, compare, require_sane
-from .write import publish, quantization_config, write_folder
+from .workspace import take_lock
+from .write import copied_files, prepare_target, quantization_config, write_folder
+
+# Files of a finished folder beside those copied from the source, and what trying to write leaves when it is killed.
+_WRITTEN = re.compile(r"output(-\d+-of-\d+)?\.safetensors|(config|measurement)\.json|report\.(json|md|html)|probe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,51 @@ class Result:
     warnings: tuple[str, ...]
 
 
+@contextmanager
+def open_target(out: Path, source: Path) -> Iterator[Path]:
+    """`<out>.partial`, for this process alone; what an error leaves in it is removed. `publish` gives it its name.
+
+    Raises ConvertError before any work: see `prepare_target`; another process writes to it; it holds what no
+    conversion puts there.
+    """
+    try:
+        partial = prepare_target(out, source)
+    except BaseException:
+        with suppress(OSError, RuntimeError, ValueError):  # not even a path, or nothing was made
+            out.resolve().with_name(out.resolve().name + PARTIAL).rmdir()
+        raise
+    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        take_lock(descriptor, partial, "choose another name for the result")
+        _clear(partial, source)
+        try:
+            yield partial
+        except BaseException:
+            with suppress(OSError):
+                _clear(partial, source)
+                partial.rmdir()
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _clear(partial: Path, source: Path) -> None:
+    """Remove the files of a conversion from `partial`, if it is there. Raises ConvertError, first, for others."""
+    with naming(partial):
+        files = sorted(partial.iterdir()) if partial.is_dir() else []
+    ours = {path.name for path in copied_files(source)}
+    for path in files:
+        name = path.name.removesuffix(PARTIAL)
+        if not (path.is_file() and (name in ours or _WRITTEN.fullmatch(name))):
+            raise ConvertError(
+                f"{partial}: the result is written here first, but it holds {path.name}",
+                hint="move that away, or choose another name for the result",
+            )
+    for path in files:
+        with naming(path):
+            path.unlink()
+
+
 def finish(
     source: Source,
     partial: Path,
@@ -48,13 +101,11 @@ def finish(
     room: Room,
     progress: Progress,
 ) -> Report:
-    """Write `partial`, check it, give it its name. files: the tensors of every layer and of the head.
+    """Fill `partial` and check it: all but its name. files: the tensors of every layer and of the head.
 
-    Raises ConvertError when the bytes on disk are not what was planned or the model does not work; nothing is
-    published then.
+    Raises ConvertError when the bytes on disk are not what was planned or the model does not work.
     """
     options = result.options
-    assert options.out is not None
     planned = plan_tensors(source, files)
     with progress.stage("writing", len(planned), "tensors") as bar:
         written = write_folder(
@@ -74,7 +125,7 @@ def finish(
         )
     write_bytes(partial / "measurement.json", measurement.read_bytes())
     stored = _stored_bits(partial, source)
-    if not result.bits_target - 0.01 <= stored <= result.bits_target + 1e-9 and options.encoder == "best":
+    if stored > result.bits_target or (stored < result.bits_target - 0.01 and options.encoder == "best"):
         # Not wrong, but not what was promised: small models have few layouts to choose from.
         progress.say(f"stored: {stored:.4f} bits per weight for the {result.bits_target:g} wanted")
     divergence = _verified(source, partial, planned, result, chunk=chunk, room=room, progress=progress)
@@ -92,50 +143,45 @@ def finish(
         warnings=result.warnings,
     )
     write_report(partial, report)
-    publish(partial, options.out)
     return report
 
 
 def plan_tensors(source: Source, files: Sequence[Path]) -> list[Planned]:
-    """Every tensor of the finished folder, in the model's order: read from its checkpoint when its turn comes."""
+    """Every tensor of the finished folder, in the model's order: read from its checkpoint when its turn comes.
+
+    The embedding table is the source's, rounded to half, unless one of the files holds another.
+    """
     embedding = next(name for name, key in source.dense_tensors(None).items() if key == "embedding")
     planned = [
         Planned(
-            name=embedding,
-            dtype=torch.float16,
-            shape=(source.embedding_rows, source.spec.hidden_size),
-            make=lambda: half(source.embedding(), embedding),
+            name=info.name,
+            dtype=DTYPES[info.dtype],
+            shape=info.shape,
+            make=lambda path=path, name=info.name: read_tensor(path, name),
         )
+        for path in files
+        for info in read_header(path)
     ]
-    for path in files:
-        for info in read_header(path):
-            planned.append(
-                Planned(
-                    name=info.name,
-                    dtype=DTYPES[info.dtype],
-                    shape=info.shape,
-                    make=lambda path=path, name=info.name: read_tensor(path, name),
-                )
+    if all(entry.name != embedding for entry in planned):
+        planned.append(
+            Planned(
+                name=embedding,
+                dtype=torch.float16,
+                shape=(source.embedding_rows, source.spec.hidden_size),
+                make=lambda: half(source.embedding(), embedding),
             )
+        )
+    planned.sort(key=lambda entry: entry.name != embedding)  # first, as in the model
     for name in source.extra_tensors():
-        tensor = source.extra(name)
-        dtype = torch.float16 if tensor.dtype.is_floating_point else tensor.dtype
-        shape = tuple(tensor.shape)
+        dtype, shape = source.extra_info(name)
+        floating = dtype.is_floating_point
 
-        def make(name: str = name, dtype: torch.dtype = dtype) -> Tensor:
+        def make(name: str = name, floating: bool = floating) -> Tensor:
             found = source.extra(name)
-            return half(found, name) if dtype == torch.float16 else found
+            return half(found, name) if floating else found
 
-        planned.append(Planned(name=name, dtype=dtype, shape=shape, make=make))
+        planned.append(Planned(name=name, dtype=torch.float16 if floating else dtype, shape=shape, make=make))
     return planned
-
-
-def half(tensor: Tensor, name: str) -> Tensor:
-    """Rounded to half precision; NonFiniteError when it does not fit."""
-    rounded = tensor.half()
-    if not torch.isfinite(rounded).all():
-        raise NonFiniteError(f"{name}: has values beyond half precision, which is all EXL2 can store (largest 65504)")
-    return rounded
 
 
 def _counted(entry: Planned, bar) -> Planned:
@@ -173,12 +219,12 @@ def _verified(
         progress.stage("verifying", 2 * len(source.spec.layers), "layers") as bar,
         Source.open(partial, source.device) as written,
     ):
-        names = {entry.name for entry in planned}
-        if len(written.formats - {"exl2"}):
-            raise ConvertError(f"{partial}: the written folder holds other formats than EXL2: {written.formats}")
-        found = {info.name for path in partial.glob("output*.safetensors") for info in read_header(path)}
-        if found != names:
-            raise ConvertError(f"{partial}: the written folder lacks {sorted(names - found)[:1]}")
+        wanted = {(entry.name, entry.dtype, entry.shape) for entry in planned}
+        headers = [info for path in partial.glob("*.safetensors") for info in read_header(path)]
+        if odd := wanted ^ {(info.name, DTYPES[info.dtype], info.shape) for info in headers}:
+            raise ConvertError(f"{partial}: the written folder is not what was planned: {min(map(str, odd))}")
+        if written.formats != {"exl2"}:
+            raise ConvertError(f"{partial}: the written folder holds other formats: {sorted(written.formats)}")
         divergence = compare(
             source,
             written,

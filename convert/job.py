@@ -5,14 +5,14 @@ head -> tuning -> the folder. A stage whose files exist is not run again, so the
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import ConvertError, ExlError
 from exl_runtime.model.placement import free_memory, resolve_device
 from exl_runtime.ops import native
 
@@ -20,18 +20,21 @@ from . import allocate, classic, measuring, tuning
 from .budget import bits_for_memory, describe, planned_context
 from .calibration import Calibration, default_size
 from .calibration import make as make_calibration
+from .checking import check_weights
 from .encoded import Layout, require_inputs
 from .encoding import Job, encode_layers, reports
-from .finish import Result, finish
+from .finish import Result, finish, open_target
 from .layouts import head_option
 from .options import JobOptions, load_job, validated, work_folder
 from .progress import Progress
-from .report import Divergence
+from .report import Divergence, MatrixReport, from_json
 from .resources import chunk_rows, require_disk, require_memory
 from .source import Source
 from .store import read_json, read_tensors, write_json, write_tensors
 from .workspace import Workspace, open_workspace
-from .write import prepare_target
+from .write import publish
+
+REMARKS = 20  # about single matrices that are shown; the others stand in the report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +53,15 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Run:
+    """memory: bytes free on the device;  chunk: rows worked on at a time;  seconds: stage -> wall clock."""
+
     options: JobOptions
     source: Source
     space: Workspace
     progress: Progress
+    memory: int
     chunk: int
+    started: float
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -71,7 +78,10 @@ class _Run:
 
 def resume(work: Path, progress: Progress, options: JobOptions | None = None) -> Outcome:
     """Go on with the job in the folder `work`. `options`: with other places or devices than it was started with."""
-    return run(validated(load_job(work)) if options is None else options, progress)
+    options = load_job(work) if options is None else options
+    if work_folder(options).resolve() != work.resolve():  # the folder was moved, or the result shall go elsewhere
+        options = replace(options, work=work)
+    return run(validated(options), progress)
 
 
 def run(options: JobOptions, progress: Progress) -> Outcome:
@@ -82,41 +92,60 @@ def run(options: JobOptions, progress: Progress) -> Outcome:
         native.set_threads(options.threads)
         torch.set_num_threads(options.threads)
     with Source.open(options.source, device) as source:
-        _require_convertible(source, options)
-        partial = None if options.measure_only else prepare_target(options.out, source.folder)
-        try:
-            memory = free_memory(device)
-            with open_workspace(work_folder(options), options, source.identity(), memory) as space:
-                chunk = chunk_rows(source.spec, _size(source, options)[1])
-                state = _Run(options, source, space, progress, chunk)
-                return _stages(state, partial, memory, started)
-        finally:
-            if partial is not None and partial.is_dir() and not any(partial.iterdir()):
-                partial.rmdir()
+        _require_convertible(source)
+        host = free_memory(torch.device("cpu"))  # where hidden states are kept
+        with open_workspace(work_folder(options), options, source.identity(), host) as space:
+            chunk = chunk_rows(source.spec, _size(source, options)[1])
+            state = _Run(options, source, space, progress, free_memory(device), chunk, started)
+            try:
+                return _convert(state)
+            except ExlError:
+                if space.begun:
+                    progress.warn(f"finished work is kept in {space.folder}; the same command goes on from there")
+                raise
 
 
-def _stages(state: _Run, partial: Path | None, memory: int, started: float) -> Outcome:
-    options, source, space = state.options, state.source, state.space
-    rows, length = _size(source, options)
-    _introduce(state)
-    target = None if options.measure_only else _target(state)
-    require_memory(source, rows, length, state.chunk, memory)
-    require_disk(source, space.folder, None if partial is None else partial.parent, rows, length, target)
-    with state.timed("calibration"):
-        data = _calibration(state, rows, length, memory)
-    with state.timed("measurement"):
-        measured = _measured(state, data)
-    if partial is None or target is None:
-        seconds = time.perf_counter() - started
+def _convert(state: _Run) -> Outcome:
+    options, space = state.options, state.space
+    if options.measure_only:
+        _introduce(state)
+        _measured(state, _prepared(state, None, None))
         return Outcome(
             folder=None,
             measurement=space.measurement,
             bits_target=0.0,
             bits_stored=0.0,
             bytes=0,
-            seconds=seconds,
+            seconds=time.perf_counter() - state.started,
             warnings=tuple(state.warnings),
         )
+    assert options.out is not None
+    if not space.published(options.out):
+        with open_target(options.out, state.source.folder) as partial:
+            _fill(state, partial)
+            space.announce(partial / "report.json")
+            publish(partial, options.out)
+    report = from_json(read_json(options.out / "report.json"))
+    space.remove()
+    return Outcome(
+        folder=options.out,
+        measurement=options.out / "measurement.json",
+        bits_target=report.bits_target,
+        bits_stored=report.bits_stored,
+        bytes=report.bytes,
+        seconds=time.perf_counter() - state.started,
+        divergence=report.divergence,
+        warnings=report.warnings,
+    )
+
+
+def _fill(state: _Run, partial: Path) -> None:
+    """All stages; the finished model lies in `partial` then."""
+    options, source, space = state.options, state.source, state.space
+    _introduce(state)
+    target = _target(state)
+    data = _prepared(state, partial.parent, target)
+    measured = _measured(state, data)
     with state.timed("allocation"):
         layouts = _layouts(state, measured, target)
     with state.timed("encoding"):
@@ -133,27 +162,29 @@ def _stages(state: _Run, partial: Path | None, memory: int, started: float) -> O
         )
     with state.timed("tuning"):
         files, note = tuning.tuned_files(
-            source, space, data, encoder=options.encoder, seed=options.seed, memory=memory, progress=state.progress
+            source,
+            space,
+            data,
+            encoder=options.encoder,
+            seed=options.seed,
+            memory=state.memory,
+            progress=state.progress,
         )
     matrices = reports(source, space)
-    flagged = [f"{matrix.path}: {flag}" for matrix in matrices for flag in matrix.flags]
-    for text in flagged[:20]:
-        state.warn(text)
-    if len(flagged) > 20:
-        state.warn(f"{len(flagged) - 20} further remarks about matrices stand in the report")
+    _remark(state, matrices)
     result = Result(
         options=options,
         bits_target=target,
-        rows=rows,
-        length=length,
+        rows=data.rows.shape[0],
+        length=data.rows.shape[1],
         dataset=data.dataset,
         protocol=data.protocol + note,
-        held_out=data.held_out,
+        held_out=tuning.judge_rows(data.held_out),
         matrices=matrices,
         seconds=state.seconds,
         warnings=tuple(state.warnings),
     )
-    report = finish(
+    finish(
         source,
         partial,
         files,
@@ -163,32 +194,24 @@ def _stages(state: _Run, partial: Path | None, memory: int, started: float) -> O
         room=space.scratch,
         progress=state.progress,
     )
-    space.remove()
-    return Outcome(
-        folder=options.out,
-        measurement=options.out / "measurement.json",
-        bits_target=target,
-        bits_stored=report.bits_stored,
-        bytes=report.bytes,
-        seconds=time.perf_counter() - started,
-        divergence=report.divergence,
-        warnings=report.warnings,
-    )
+
+
+def _remark(state: _Run, matrices: Sequence[MatrixReport]) -> None:
+    flagged = [f"{matrix.path}: {flag}" for matrix in matrices for flag in matrix.flags]
+    for text in flagged[:REMARKS]:
+        state.warn(text)
+    if len(flagged) > REMARKS:
+        state.warn(f"{len(flagged) - REMARKS} further remarks about matrices stand in the report")
 
 
 # --- before the work ------------------------------------------------------------------------------------------------
 
 
-def _require_convertible(source: Source, options: JobOptions) -> None:
+def _require_convertible(source: Source) -> None:
     for layer in source.spec.layers:
         for slot in source.slots(layer.index):
             require_inputs(slot.inputs, slot.path)
     require_inputs(source.head_slot.inputs, source.head_slot.path)
-    for path in options.calibration:
-        if not path.exists():
-            raise ConvertError(f"{path}: no such file", hint="check the path after --calibration")
-    if options.measurement is not None and not options.measurement.exists():
-        raise ConvertError(f"{options.measurement}: no such file", hint="check the path after --measurement")
 
 
 def _size(source: Source, options: JobOptions) -> tuple[int, int]:
@@ -248,12 +271,33 @@ def _target(state: _Run) -> float:
     return budget.bits
 
 
+def _prepared(state: _Run, out: Path | None, target: float | None) -> Calibration:
+    """Everything is checked that can be known to fail; then the calibration data. `out` None: only measuring."""
+    options, source, space = state.options, state.source, state.space
+    rows, length = _size(source, options)
+    if options.measurement is not None and not space.measurement.exists():
+        measuring.load(options.measurement, source, options.encoder)
+    require_memory(source, rows, length, state.chunk, state.memory)
+    require_disk(source, space.folder, out, rows, length, target=target, head_bits=options.head_bits)
+    if not space.calibrated:
+        for path in options.calibration:
+            if not path.exists():
+                raise ConvertError(f"{path}: no such file", hint="check the path after --calibration")
+        with (
+            state.timed("checking"),
+            state.progress.stage("checking the weights", len(source.spec.layers), "layers") as bar,
+        ):
+            check_weights(source, bar.advance)
+    with state.timed("calibration"):
+        return _calibration(state, rows, length)
+
+
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-def _calibration(state: _Run, rows: int, length: int, memory: int) -> Calibration:
+def _calibration(state: _Run, rows: int, length: int) -> Calibration:
     space = state.space
-    if space.protocol.exists():
+    if space.calibrated:
         tensors, about = read_tensors(space.calibration), read_json(space.protocol)
         return Calibration(
             rows=tensors["rows"],
@@ -267,7 +311,7 @@ def _calibration(state: _Run, rows: int, length: int, memory: int) -> Calibratio
         rows=rows,
         length=length,
         seed=state.options.seed,
-        memory=int(memory * 0.8),
+        memory=int(state.memory * 0.8),
         progress=state.progress,
     )
     write_tensors(space.calibration, {"rows": data.rows, "held_out": data.held_out})
@@ -277,24 +321,23 @@ def _calibration(state: _Run, rows: int, length: int, memory: int) -> Calibratio
 
 def _measured(state: _Run, data: Calibration) -> measuring.Measured:
     options, space = state.options, state.space
-    if options.measurement is not None:
-        found = measuring.load(options.measurement, state.source, options.encoder)
-        if not space.measurement.exists():
-            write_json(space.measurement, read_json(options.measurement))
-        return found
-    if space.measurement.exists():
-        return measuring.load(space.measurement, state.source, options.encoder)
-    return measuring.measure(
-        state.source,
-        space,
-        data.rows,
-        encoder=options.encoder,
-        chunk=state.chunk,
-        seed=options.seed,
-        protocol=data.protocol,
-        dataset=data.dataset,
-        progress=state.progress,
-    )
+    if not space.measurement.exists() and options.measurement is not None:
+        # Our own copy: the job goes on with it whatever becomes of the file.
+        write_json(space.measurement, read_json(options.measurement))
+    with state.timed("measurement"):
+        if space.measurement.exists():
+            return measuring.load(space.measurement, state.source, options.encoder)
+        return measuring.measure(
+            state.source,
+            space,
+            data.rows,
+            encoder=options.encoder,
+            chunk=state.chunk,
+            seed=options.seed,
+            protocol=data.protocol,
+            dataset=data.dataset,
+            progress=state.progress,
+        )
 
 
 def _layouts(state: _Run, measured: measuring.Measured, target: float) -> dict[str, Layout]:

@@ -10,6 +10,7 @@ Two refinements: columns are independent (their errors are), but errors of one c
 their correlation is measured on whole rows of tokens and multiplies a matrix's figures.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,12 +62,13 @@ class Sensitivity:
                 biased=bool(entry["biased"]),
                 losses=losses,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
             raise ConvertError(
                 f"{where}: the entry of {path} is damaged", hint="measure again without --measurement"
             ) from err
         blocks = made.inputs // ROW_MULTIPLE
-        if set(losses) != _wanted() or any(len(row) != blocks or min(row) < 0 for row in losses.values()):
+        whole = blocks > 0 and made.inputs % ROW_MULTIPLE == 0 and made.outputs > 0 and set(losses) == _wanted()
+        if not whole or any(len(row) != blocks or not all(0 <= x < math.inf for x in row) for row in losses.values()):
             raise ConvertError(
                 f"{where}: the entry of {path} is incomplete", hint="measure again without --measurement"
             )
@@ -114,7 +116,10 @@ class LayerProbe:
 
     @torch.enable_grad()
     def back(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """x, gradient float32 (B, T, hidden): inputs of the layer, gradient at its outputs -> gradient at its inputs."""
+        """x, gradient float32 (B, T, hidden): inputs of the layer, gradient at its outputs -> gradient at its inputs.
+
+        Rows of one length in all calls.
+        """
         f = self.forward
         w = dict(self.weights)
         x = x.detach().requires_grad_(True)

@@ -1,18 +1,20 @@
 """The measuring stage: one pass forward, one back, a checkpoint per layer, and the file that later jobs reuse."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import ConvertError, NonFiniteError
 
 from .classic import Rows, measure_layer
 from .forward import LayerForward, embed
 from .measure import LayerProbe, Sensitivity, top_gradient
 from .progress import Progress
+from .resources import CHUNK_FLOATS, measured_rows
 from .source import Source
 from .states import States
 from .store import read_json, read_tensor, write_json, write_tensors
@@ -20,14 +22,13 @@ from .workspace import Workspace
 
 FORMAT = "exl-runtime measurement"
 VERSION = 1
-TOKENS = 8192  # of the calibration rows that are measured on
-LEAST_ROWS = 8
+
 Measured = Sequence[Sensitivity] | Sequence[Rows]
 
 
 def measuring_rows(rows: Tensor) -> Tensor:
     """An even choice of the calibration rows."""
-    wanted = min(rows.shape[0], max(LEAST_ROWS, TOKENS // rows.shape[1]))
+    wanted = measured_rows(*rows.shape)
     return rows[torch.arange(wanted) * (rows.shape[0] // wanted)]
 
 
@@ -46,8 +47,7 @@ def measure(
     """Measure what is not measured yet, write measurement.json. The same result after any interruption."""
     picked = measuring_rows(rows)
     layers = len(source.spec.layers)
-    missing = [i for i in range(layers) if not space.measured(i).exists()]
-    if missing:
+    if not all(space.measured(i).exists() for i in range(layers)):
         run = _classic if encoder == "classic" else _best
         run(source, space, picked, chunk=chunk, seed=seed, progress=progress)
     entries: dict[str, Any] = {}
@@ -85,82 +85,140 @@ def load(path: Path, source: Source, encoder: str) -> Measured:
     entries = found.get("entries")
     if not isinstance(entries, dict):
         raise ConvertError(f"{path}: the measurement is damaged", hint="measure again: leave out --measurement")
+    slots = [slot for layer in source.spec.layers for slot in source.slots(layer.index)]
+    wanted = [(slot.path, slot.inputs, slot.outputs, slot.biased) for slot in slots]
     if encoder == "classic":
-        return tuple(Rows.from_json(name, entry, str(path)) for name, entry in entries.items())
+        halves = tuple(Rows.from_json(name, entry, str(path)) for name, entry in entries.items())
+        _require_all(path, [slot for half in halves for slot in half.slots], wanted)
+        return halves
     items = {name: Sensitivity.from_json(name, entry, str(path)) for name, entry in entries.items()}
-    wanted = [slot for layer in source.spec.layers for slot in source.slots(layer.index)]
-    if set(items) != {slot.path for slot in wanted}:
-        raise ConvertError(f"{path}: the measurement lacks matrices of the model", hint="leave out --measurement")
-    return tuple(items[slot.path] for slot in wanted)
+    _require_all(path, [(item.path, item.inputs, item.outputs, item.biased) for item in items.values()], wanted)
+    return tuple(items[slot.path] for slot in slots)
+
+
+def _require_all(path: Path, found: Sequence[tuple[object, ...]], wanted: Sequence[tuple[object, ...]]) -> None:
+    if sorted(found) != sorted(wanted):
+        odd = min(set(found) ^ set(wanted), default=("one matrix twice",))[0]
+        raise ConvertError(
+            f"{path}: the measurement does not fit the model's matrices ({odd})", hint="leave out --measurement"
+        )
 
 
 def _best(source: Source, space: Workspace, rows: Tensor, *, chunk: int, seed: int, progress: Progress) -> None:
     """Forward through all layers keeping every layer's inputs, then back from the top, probing as it goes."""
-    spec, device = source.spec, source.device
-    count, length = rows.shape
-    layers = len(spec.layers)
-    start = min((i for i in range(layers) if space.measured(i).exists()), default=layers)  # from here up it is done
-    inputs: list[States] = []
-    shape = (count, length, spec.hidden_size)
-    total = sum(len(source.slots(layer.index)) for layer in spec.layers)
-    with progress.stage("measuring: forward", layers, "layers") as bar, torch.no_grad():
-        states = space.scratch(shape, copies=layers + 4)
-        table = source.embedding()
-        for at in range(0, count, chunk):
-            states.write(at, embed(spec, table, rows[at : at + chunk].to(device)))
-        del table
-        inputs.append(states)
-        for layer in spec.layers[:start]:
-            forward, w = LayerForward(spec, layer, length, device), source.layer(layer.index)
-            after = space.scratch(shape, copies=layers + 4)
-            for at in range(0, count, chunk):
-                after.write(at, forward(inputs[-1].read(at, min(at + chunk, count)).to(device), w))
-            inputs.append(after)
-            bar.advance()
-    gradient = _top(source, inputs[-1], chunk, seed) if start == layers else read_tensor(space.gradient(start), "g")
+    layers = len(source.spec.layers)
+    start = _undone(space, layers)
+    inputs = _forward(source, space, rows, start, chunk, progress)
+    # The gradient at the outputs of the layers below `start`, float32 (rows, length, hidden).
+    gradient = _top(source, inputs[-1], seed) if start == layers else read_tensor(space.gradient(start), "g")
+    total = sum(len(source.slots(i)) for i in range(layers))
     with progress.stage("measuring widths", total, "matrices") as bar:
         bar.advance(sum(len(source.slots(i)) for i in range(start, layers)))
         for i in reversed(range(start)):
-            forward = LayerForward(spec, spec.layers[i], length, device)
-            probe = LayerProbe(forward, {slot.key: slot for slot in source.slots(i)}, source.layer(i), count)
-            below = torch.empty(shape)
-            for at in range(0, count, chunk):
-                stop = min(at + chunk, count)
-                below[at:stop] = probe.back(inputs[i].read(at, stop).to(device), gradient[at:stop].to(device)).cpu()
-            found = {item.path: item.to_json() for item in probe.sensitivities(lambda path: bar.advance(note=path))}
-            gradient = below
+            inputs.pop().discard()
+            gradient, found = _back(source, i, inputs[-1], gradient, chunk, lambda path: bar.advance(note=path))
             write_tensors(space.gradient(i), {"g": gradient})
             write_json(space.measured(i), {"entries": found})
             space.gradient(i + 1).unlink(missing_ok=True)
-            inputs[i].discard()
-    for states in inputs:
-        states.discard()
+    inputs.pop().discard()
 
 
-def _top(source: Source, states: States, chunk: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def _undone(space: Workspace, layers: int) -> int:
+    """The layers below this one are to be measured; those from it on are done, and the gradient between is there."""
+    start = layers
+    while start > 0 and space.measured(start - 1).exists():
+        start -= 1
+    return start if start < layers and space.gradient(start).exists() else layers
+
+
+@torch.no_grad()
+def _forward(source: Source, space: Workspace, rows: Tensor, stop: int, chunk: int, progress: Progress) -> list[States]:
+    """Hidden states before every layer up to `stop`, and behind the last one. NonFiniteError names a layer."""
+    spec, device = source.spec, source.device
+    count, length = rows.shape
+    shape = (count, length, spec.hidden_size)
+    copies = len(spec.layers) + 4
+    with progress.stage("measuring: forward", stop, "layers") as bar:
+        inputs = [space.scratch(shape, copies)]
+        table = source.embedding()
+        for at in range(0, count, chunk):
+            inputs[0].write(at, embed(spec, table, rows[at : at + chunk].to(device)))
+        del table
+        for i in range(stop):
+            inputs.append(space.scratch(shape, copies))
+            _through(source, i, inputs[i], inputs[i + 1], chunk)
+            bar.advance()
+    return inputs
+
+
+def _through(source: Source, i: int, before: States, after: States, chunk: int) -> None:
+    forward, w = LayerForward(source.spec, source.spec.layers[i], before.shape[1], source.device), source.layer(i)
+    for at in range(0, before.rows, chunk):
+        x = forward(before.read(at, min(at + chunk, before.rows)).to(source.device), w)
+        _require_finite(bool(torch.isfinite(x).all()), source, f"an output of layer {i}")
+        after.write(at, x)
+
+
+def _back(
+    source: Source, i: int, inputs: States, gradient: Tensor, chunk: int, advance: Callable[[str], None]
+) -> tuple[Tensor, dict[str, Any]]:
+    """(gradient at the inputs of layer i, what was found for its matrices)"""
+    spec, device, count = source.spec, source.device, inputs.rows
+    forward = LayerForward(spec, spec.layers[i], inputs.shape[1], device)
+    probe = LayerProbe(forward, {slot.key: slot for slot in source.slots(i)}, source.layer(i), count)
+    below = torch.empty(inputs.shape)
+    for at in range(0, count, chunk):
+        stop = min(at + chunk, count)
+        below[at:stop] = probe.back(inputs.read(at, stop).to(device), gradient[at:stop].to(device)).cpu()
+    _require_finite(bool(torch.isfinite(below).all()), source, f"the gradient at layer {i}")
+    found = {}
+    for item in probe.sensitivities(advance):
+        _require_finite(all(math.isfinite(sum(row)) for row in item.losses.values()), source, f"a loss of {item.path}")
+        found[item.path] = item.to_json()
+    return below, found
+
+
+def _require_finite(finite: bool, source: Source, what: str) -> None:
+    if not finite:
+        raise NonFiniteError(
+            f"{source.folder}: {what} is NaN or infinite on the calibration data",
+            hint="the weights are damaged, or config.json is not theirs",
+        )
+
+
+def _top(source: Source, states: States, seed: int) -> Tensor:
+    """Gradient at the last hidden states, a row and few tokens of it at a time: logits are wide."""
+    spec, generator = source.spec, torch.Generator().manual_seed(seed)
     norm, head = source.final_norm(), source.head()
+    tokens = max(1, CHUNK_FLOATS // spec.vocab_size)
     parts = []
-    for at in range(0, states.rows, chunk):
-        x = states.read(at, min(at + chunk, states.rows)).to(source.device)
-        parts.append(top_gradient(source.spec, x, norm, head, generator).cpu())
+    for row in range(states.rows):
+        x = states.read(row, row + 1).to(source.device)
+        parts.append(
+            torch.cat([top_gradient(spec, part, norm, head, generator).cpu() for part in x.split(tokens, dim=1)], dim=1)
+        )
     return torch.cat(parts)
 
 
 def _classic(source: Source, space: Workspace, rows: Tensor, *, chunk: int, seed: int, progress: Progress) -> None:
-    spec, device = source.spec, source.device
-    x = embed(spec, source.embedding(), rows.to(device))
-    with progress.stage("measuring exllamav2's options", 2 * len(spec.layers), "half layers") as bar:
-        for layer in spec.layers:
-            i = layer.index
-            forward, w = LayerForward(spec, layer, rows.shape[1], device), source.layer(i)
-            if space.measured(i).exists():
-                with torch.no_grad():
-                    x = torch.cat([forward(part, w) for part in x.split(chunk)])
-                bar.advance(2)
-                continue
-            slots = {slot.key: slot for slot in source.slots(i)}
-            attention, mlp, x = measure_layer(
-                forward, slots, w, x, chunk=chunk, advance=lambda note: bar.advance(note=note)
-            )
-            write_json(space.measured(i), {"entries": {half.name: half.to_json() for half in (attention, mlp)}})
+    """Forward only; every half layer tries the rows of its option table (`classic`)."""
+    x = embed(source.spec, source.embedding(), rows.to(source.device))
+    with progress.stage("measuring exllamav2's options", 2 * len(source.spec.layers), "half layers") as bar:
+        for i in range(len(source.spec.layers)):
+            x = _classic_layer(source, space, i, x, chunk, lambda note: bar.advance(note=note))
+
+
+def _classic_layer(
+    source: Source, space: Workspace, i: int, x: Tensor, chunk: int, advance: Callable[[str], None]
+) -> Tensor:
+    forward, w = LayerForward(source.spec, source.spec.layers[i], x.shape[1], source.device), source.layer(i)
+    if space.measured(i).exists():
+        advance(f"attention of layer {i}")
+        with torch.no_grad():
+            x = torch.cat([forward(part, w) for part in x.split(chunk)])
+        advance(f"MLP of layer {i}")
+        return x
+    slots = {slot.key: slot for slot in source.slots(i)}
+    attention, mlp, x = measure_layer(forward, slots, w, x, chunk=chunk, advance=advance)
+    write_json(space.measured(i), {"entries": {part.name: part.to_json() for part in (attention, mlp)}})
+    return x

@@ -4,7 +4,6 @@ Matrices are (K, N), y = x @ W, as everywhere in the formats; whatever they were
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +12,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from exl_runtime.checkpoint.reader import Checkpoint
+from exl_runtime.checkpoint.header import TensorInfo
+from exl_runtime.checkpoint.reader import DTYPES, Checkpoint
 from exl_runtime.config import ConfigFiles, MlpSpec, ModelSpec, load_config, resolve
 from exl_runtime.config.names import EXPERT_PARTS, Names
 from exl_runtime.config.names import Source as Place
+from exl_runtime.errors import CheckpointError
 from exl_runtime.model.weights import Weights
 
 HEAD = "lm_head"
 FLOAT_BYTES = 4
+SAMPLE = 4096  # bytes of every tensor that tell one model from another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,16 +170,16 @@ class Source:
         return FLOAT_BYTES * weights
 
     def identity(self) -> str:
-        """32 hex digits that tell this model from others: every tensor's name, dtype and shape, and the norms' values.
+        """32 hex digits that tell this model from others: every tensor's name, dtype and shape, and some of its bytes.
 
-        Norms are small and differ between any two trainings; reading all weights would take minutes.
+        A fine-tuned model may share whole tensors with its base, norms for example, so every tensor is looked at; all
+        of all of them would take minutes. Raises CheckpointError.
         """
         digest = hashlib.sha256()
         for name in sorted(self._checkpoint.names):
             info = self._checkpoint.info(name)
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        for candidates, size in self._all_norms():
-            digest.update(self._weights.norm(candidates, size).numpy().tobytes())
+            digest.update(_middle(info))
         return digest.hexdigest()[:32]
 
     # --- tensors ----------------------------------------------------------------------------------------------
@@ -255,18 +257,21 @@ class Source:
             if not name.startswith(inside) and not name.endswith("rotary_emb.inv_freq")
         )
 
+    def extra_info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of one of `extra_tensors` as stored; reads the header only."""
+        info = self._checkpoint.info(name)
+        return DTYPES[info.dtype], info.shape
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of all `extra_tensors` as stored."""
+        return sum(self._checkpoint.info(name).nbytes for name in self.extra_tensors())
+
     def extra(self, name: str) -> Tensor:
         """One of `extra_tensors`, as stored, on the CPU."""
         return self._checkpoint.tensor(name)
 
     # --- helpers ----------------------------------------------------------------------------------------------
-
-    def _all_norms(self) -> Iterator[tuple[tuple[str, ...], int]]:
-        names = self.spec.names
-        yield names.final_norm, self.spec.hidden_size
-        for layer in self.spec.layers:
-            for kind, size in self._norms(layer.index).values():
-                yield names.norm(layer.index, kind), size
 
     def _linear(self, places: tuple[Place, ...], slot: Slot) -> tuple[Tensor, Tensor | None]:
         """Matrix (K, N) and bias (N,); the bias is None unless the slot is biased."""
@@ -285,6 +290,17 @@ class Source:
         if spec.qk_norm:
             kinds |= {"q": spec.head_dim, "k": spec.head_dim}
         return {f"{kind}_norm": (kind, size) for kind, size in kinds.items()}
+
+
+def _middle(info: TensorInfo) -> bytes:
+    """Up to `SAMPLE` bytes from the middle of a tensor."""
+    size = min(SAMPLE, info.nbytes)
+    try:
+        with open(info.file, "rb") as file:
+            file.seek(info.start + (info.nbytes - size) // 2)
+            return file.read(size)
+    except OSError as err:
+        raise CheckpointError(f"{info.file}: cannot be read: {err.strerror or err}", hint="check the disk") from err
 
 
 def _places(names: Names, layer: int, key: str) -> tuple[Place, ...]:

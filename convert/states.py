@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exl_runtime.errors import ConvertError
+
 from .store import naming, sync_folder
 
 ITEM = 4
 
 
 class States:
-    """float32 (rows, length, width). `path` None: held in memory; else the file that holds them."""
+    """float32 (rows, length, width). `path` None: held in memory; else the file that holds them, in native order."""
 
     def __init__(self, shape: tuple[int, int, int], path: Path | None = None, *, existing: bool = False) -> None:
         """existing: open what `path` holds; else make it, with its disk space reserved. Raises ConvertError."""
@@ -30,7 +32,18 @@ class States:
             flags = os.O_RDWR | os.O_CLOEXEC | (0 if existing else os.O_CREAT | os.O_TRUNC)
             self._descriptor = os.open(path, flags, 0o666)
             if not existing:
+                self._reserve()
+
+    def _reserve(self) -> None:
+        """Take the disk space now, while little is lost. Raises OSError, the file is gone then."""
+        try:
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._descriptor, 0, max(1, self.nbytes))
+            else:  # macOS: a full disk shows when it is written
+                os.ftruncate(self._descriptor, max(1, self.nbytes))
+        except OSError:
+            self.discard()
+            raise
 
     @property
     def rows(self) -> int:
@@ -55,7 +68,10 @@ class States:
             while done < len(target):
                 count = os.preadv(self._descriptor, [target[done:]], place + done)
                 if count == 0:
-                    raise OSError(5, "the file is shorter than it was")
+                    raise ConvertError(
+                        f"{self.path}: {os.fstat(self._descriptor).st_size} bytes, {self.nbytes} wanted",
+                        hint="the file was cut short; start anew with an empty --work folder",
+                    )
                 done += count
         return out
 
@@ -85,6 +101,10 @@ class States:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def __del__(self) -> None:
+        # Behind an error nobody closes: a removed file would keep its disk space as long as the process lives.
+        self.close()
 
     def discard(self) -> None:
         """`close`, and remove the file."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exl_runtime.config import LayerSpec
 from exl_runtime.errors import ConvertError
 
 from .forward import LayerForward, embed, logits
@@ -34,26 +35,15 @@ def compare(
     room: where hidden states of a shape may be kept. Perplexity counts every token but the first of a row.
     """
     count, length = rows.shape
-    streams = []
-    for model in (source, result):
-        states = room((count, length, model.spec.hidden_size))
-        table = model.embedding()
-        for at in range(0, count, chunk):
-            states.write(at, embed(model.spec, table, rows[at : at + chunk].to(model.device)))
-        del table
-        for layer in model.spec.layers:
-            forward, w = LayerForward(model.spec, layer, length, model.device), model.layer(layer.index)
-            for at in range(0, count, chunk):
-                stop = min(at + chunk, count)
-                states.write(at, forward(states.read(at, stop).to(model.device), w))
-            advance(1)
-        streams.append((states, model.final_norm(), model.head()))
+    states = [_hidden(model, rows, chunk, room, advance) for model in (source, result)]
+    # Only now, as heads are as large as many layers.
+    ends = [(model.spec, model.final_norm(), model.head()) for model in (source, result)]
     found, same = [], 0
     lost = [0.0, 0.0]
     for at in range(count):
         scores = [
-            torch.log_softmax(logits(model.spec, states.read(at, at + 1).to(model.device)[0], norm, head), dim=-1)
-            for model, (states, norm, head) in zip((source, result), streams, strict=True)
+            torch.log_softmax(logits(spec, held.read(at, at + 1).to(head.device)[0], norm, head), dim=-1)
+            for held, (spec, norm, head) in zip(states, ends, strict=True)
         ]
         p, q = scores[0], scores[1].to(scores[0].device)
         found.append((p.exp() * (p - q)).sum(dim=-1).double().cpu())
@@ -61,8 +51,8 @@ def compare(
         wanted = rows[at, 1:].to(p.device)
         lost[0] += float(F.nll_loss(p[:-1], wanted, reduction="sum"))
         lost[1] += float(F.nll_loss(q[:-1], wanted, reduction="sum"))
-    for states, _, _ in streams:
-        states.discard()
+    for held in states:
+        held.discard()
     kl = torch.cat(found)
     scored = count * (length - 1)
     return Divergence(
@@ -75,6 +65,25 @@ def compare(
         source_perplexity=_exp(lost[0] / max(1, scored)),
         text=text,
     )
+
+
+def _hidden(model: Source, rows: Tensor, chunk: int, room: Room, advance: Callable[[int], None]) -> States:
+    """The last hidden states of all rows, one layer in memory at a time."""
+    states = room((*rows.shape, model.spec.hidden_size))
+    table = model.embedding()
+    for at in range(0, rows.shape[0], chunk):
+        states.write(at, embed(model.spec, table, rows[at : at + chunk].to(model.device)))
+    del table
+    for layer in model.spec.layers:
+        _through(model, layer, states, chunk)
+        advance(1)
+    return states
+
+
+def _through(model: Source, layer: LayerSpec, states: States, chunk: int) -> None:
+    forward, w = LayerForward(model.spec, layer, states.shape[1], model.device), model.layer(layer.index)
+    for at in range(0, states.rows, chunk):
+        states.write(at, forward(states.read(at, min(at + chunk, states.rows)).to(model.device), w))
 
 
 def require_sane(found: Divergence, folder: str) -> None:
