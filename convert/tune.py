@@ -295,7 +295,7 @@ class _Tunables:
         self.embedding = TunableTensor(given.embedding, 0.0) if self.with_embedding else None
 
     def groups(self, distance: float) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer; "peak" is the rate to be reached, `distance` a factor for all but codes."""
+        """Parameter groups of the optimizer. "peak" is the full rate, `distance` a factor of all but that of codes."""
         matrices = self.matrices.values()
         dense = [value for tensors in self.dense for value in tensors.values()] + [self.final_norm]
         dense += [self.embedding] if self.embedding is not None else []

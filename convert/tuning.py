@@ -1,12 +1,15 @@
 """The tuning stage: end-to-end correction of a small model, kept only where it helps on held-out rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .calibration import Calibration
 from .checking import half
+from .encoded import Encoded
 from .encoding import load_encoded
 from .progress import Progress
 from .source import HEAD, Source
@@ -44,13 +47,17 @@ def tuned_files(
     tuned = [space.tuned / path.name for path in plain]
     finished = space.tuned / "done.json"
     if not _finished(finished, tuned):
-        if encoder != "best" or not fits(source, memory, data.rows.shape[1]):
+        if encoder != "best":
             return plain, ""
         space.tuned.mkdir(exist_ok=True)
-        _tune(source, space, data, seed, tuned, progress)
+        if fits(source, memory, data.rows.shape[1]):
+            _tune(source, space, data, seed, tuned, progress)
+        else:  # written down, so that going on later with other memory gives the same model
+            write_json(finished, {"steps": 0, "before": None, "after": None})
     found = read_json(finished)
     if not found["steps"]:
-        return plain, "; tuning end to end did not help and was left out"
+        why = "did not help" if found["after"] is not None else "was not tried: the model is too large for it"
+        return plain, f"; tuning end to end {why}"
     note = (
         f"; tuned end to end for {found['steps']} steps: divergence on the rows that decided this "
         f"{found['before']:.5f} -> {found['after']:.5f}"
@@ -82,6 +89,7 @@ def _tune(
                 found[f"{key}.bias"] = stored[f"{slot.path}.bias"][: slot.outputs].float()
         dense.append({key: value.to(source.device) for key, value in found.items()})
     encoded |= load_encoded(space, None, {HEAD: head})
+    encoded = {path: _on(source.device, matrix) for path, matrix in encoded.items()}
     names = {key: name for name, key in source.dense_tensors(None).items()}
     norm = read_tensors(space.layer(None))[names["final_norm"]].float().to(source.device)
     with progress.stage("tuning", STEPS, "steps") as bar:
@@ -100,6 +108,11 @@ def _tune(
         for i, path in zip((*layers, None), files, strict=True):
             write_tensors(path, _tensors(source, result, i))
     write_json(space.tuned / "done.json", {"steps": result.steps, "before": result.before, "after": result.after})
+
+
+def _on(device: torch.device, matrix: Encoded) -> Encoded:
+    tensors = {name: getattr(matrix, name).to(device) for name in ("codes", "scale_codes", "scale_max", "perm")}
+    return replace(matrix, **tensors)
 
 
 def _tensors(source: Source, result: Tuned, i: int | None) -> dict[str, Tensor]:
