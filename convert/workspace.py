@@ -22,7 +22,7 @@ from .store import PARTIAL, naming, read_json, remove_partials, write_json
 
 LOCK = ".lock"
 VERSION = 1
-MEMORY_SHARE = 0.2  # of what is free: hidden states larger than this go to the disk
+MEMORY_SHARE, MEMORY_MOST = 0.2, 1 << 30  # of what is free, and in all: larger hidden states go to the disk
 _FOLDERS = ("measure", "layers", "states", "tuned", "scratch")
 _FILES = ("calibration.json", "calibration.safetensors", "measurement.json", "layouts.json")
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what a lock that somebody else holds looks like
@@ -38,7 +38,7 @@ class Workspace:
         self.measurement = folder / "measurement.json"
         self.layouts = folder / "layouts.json"
         self.tuned = folder / "tuned"
-        self._memory = int(memory * MEMORY_SHARE)
+        self._memory = min(int(memory * MEMORY_SHARE), MEMORY_MOST)
         self._scratch = 0
 
     # --- places -----------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_a_broken_exl2_matrix_is_refused(name, demo, tmp_path, capsys) -> None:
     folder = tmp_path / "model"
     shutil.copytree(demo, folder)
     EXL2[name](folder)
-    expect_refusal(folder, capsys, "lm_head in output-00001-of-00002.safetensors")
+    expect_refusal(folder, capsys, " in output-00001-of-00002.safetensors")
 
 
 GPTQ = {
