@@ -17,6 +17,8 @@ from .store import read_json, read_tensors, write_json, write_tensors
 from .tune import STEPS, Tuned, fits, tune
 from .workspace import Workspace
 
+GUARD_TOKENS = 1024  # fewer held-out tokens cannot tell whether tuning helps: then it is not tried
+
 
 def guard_rows(held_out: Tensor) -> Tensor:
     """Every other held-out row decides what is kept; `judge_rows`, the others, never influence the model."""
@@ -50,13 +52,14 @@ def tuned_files(
         if encoder != "best":
             return plain, ""
         space.tuned.mkdir(exist_ok=True)
-        if fits(source, memory, data.rows.shape[1]):
+        enough = guard_rows(data.held_out).numel() >= GUARD_TOKENS
+        if enough and fits(source, memory, data.rows.shape[1]):
             _tune(source, space, data, seed, tuned, progress)
         else:  # written down, so that going on later with other memory gives the same model
             write_json(finished, {"steps": 0, "before": None, "after": None})
     found = read_json(finished)
     if not found["steps"]:
-        why = "did not help" if found["after"] is not None else "was not tried: the model is too large for it"
+        why = "did not help" if found["after"] is not None else "was not tried: too large a model, or too few rows"
         return plain, f"; tuning end to end {why}"
     note = (
         f"; tuned end to end for {found['steps']} steps: divergence on the rows that decided this "

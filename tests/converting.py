@@ -151,6 +151,7 @@ def in_a_hurry() -> Iterator[None]:
         for bits, sizes in FEW_SIZES.items():
             patch.setitem(measure.GROUP_SIZES, bits, sizes)
         patch.setattr(tuning, "tune", partial(tune, steps=8))
+        patch.setattr(tuning, "GUARD_TOKENS", 0)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
