@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from converting import convert, in_a_hurry, small_model
+from converting import convert, in_a_hurry, options, small_model
 
 from convert import tuning
 
@@ -15,7 +15,7 @@ def test_too_few_held_out_tokens_decide_nothing(
 ) -> None:
     with in_a_hurry():
         monkeypatch.setattr(tuning, "GUARD_TOKENS", tokens)
-        convert(small_model("llama", tmp_path), tmp_path / "out")
+        convert(options(small_model("llama", tmp_path), tmp_path / "out"))
     protocol = json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]
     assert any(text in protocol for text in said), protocol
 
