@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from exl_runtime.errors import ExlError
-from exl_runtime.ops.norm import rms_norm
 
 from . import allocate, classic
 from .calibration import default_size, make
-from .encoded import Layout
+from .encoded import Layout, stored_bits
 from .encoder import BEST, CLASSIC, Recipe
+from .encoding import head_moments
 from .forward import Model, embed
 from .layerpass import LayerPass, Plan, encode_matrix
 from .layouts import head_option
 from .measure import LayerProbe, Sensitivity, top_gradient
 from .measuring import measuring_rows
-from .moments import Moments
 from .progress import choose_reporter
 from .resources import chunk_rows
 from .source import Source
 from .states import States
+from .streaming import fill
 
 HEAD_BITS = 6
 
@@ -107,8 +107,6 @@ class _Lab:
 
     def bits(self, layouts: Mapping[str, Layout]) -> float:
         """Stored bits per weight of the layers."""
-        from .encoded import stored_bits
-
         every = [slot for slots in self.slots for slot in slots.values()]
         total = sum(stored_bits(layouts[s.path], s.inputs, s.outputs, biased=s.biased) for s in every)
         return total / self.source.parameters
@@ -143,9 +141,8 @@ class _Lab:
         count, length = self.rows.shape
         source, result = States((count, length, spec.hidden_size)), States((count, length, spec.hidden_size))
         table = model.embedding.half().float()
-        for at in range(0, count, self.chunk):
-            source.write(at, embed(spec, model.embedding, self.rows[at : at + self.chunk]))
-            result.write(at, embed(spec, table, self.rows[at : at + self.chunk]))
+        fill(source, spec, model.embedding, self.rows, self.chunk)
+        fill(result, spec, table, self.rows, self.chunk)
         weights = []
         for forward, slots, w in zip(model.layers, self.slots, model.weights, strict=True):
             plan = Plan(
@@ -166,12 +163,7 @@ class _Lab:
             done.run()
             weights.append(done.result)
         norm = model.final_norm.half().float()
-        moments = Moments(spec.hidden_size, self.source.device)
-        for at in range(0, count, self.chunk):
-            stop = min(at + self.chunk, count)
-            y = rms_norm(result.read(at, stop), norm, spec.norm_eps, spec.norm_weight_offset)
-            x = rms_norm(source.read(at, stop), model.final_norm, spec.norm_eps, spec.norm_weight_offset)
-            moments.add(y, x if correct else None)
+        moments = head_moments(spec, result, norm, self.chunk, source if correct else None, model.final_norm)
         layout = head_option(HEAD_BITS).layout(spec.hidden_size)
         head = encode_matrix(model.head, moments, layout, recipe, correct=correct).encoded.weight()
         return Model(spec, model.layers, weights, embedding=table, final_norm=norm, head=head)

@@ -14,6 +14,7 @@ from exl_runtime.errors import ConvertError
 from exl_runtime.formats.exl2 import ROW_MULTIPLE, WIDTHS
 
 from .encoded import Layout, stored_bits
+from .layouts import uniform
 from .measure import GROUP_SIZES, Sensitivity
 
 PRICES = 240
@@ -70,11 +71,6 @@ def require_attainable(target: float, limits: Range) -> None:
             f"{limits.highest:.3f} (scales, permutations and padding included)",
             hint=f"use -b {min(max(target, limits.lowest + 0.005), limits.highest - 0.005):.2f}, or another in between",
         )
-
-
-def uniform(inputs: int, bits: int, size: int) -> Layout:
-    """One width in groups of `size` rows, the last one shorter."""
-    return tuple((bits, min(size, inputs - start)) for start in range(0, inputs, size))
 
 
 def allocate(items: Sequence[Sensitivity], target: float) -> Allocation:

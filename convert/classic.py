@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exl_runtime.config.names import EXPERT_LETTERS
 from exl_runtime.errors import ConvertError
 from exl_runtime.formats.exl2 import ROW_MULTIPLE
 
@@ -88,13 +89,13 @@ class Rows:
         return made
 
 
-_LETTERS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_PARTS = {letter: part for part, letter in EXPERT_LETTERS.items()}
 
 
 def _part(path: str) -> str:
     """The key in the option tables for a tensor path; experts may be spelled with letters."""
     last = path.rpartition(".")[2]
-    return _LETTERS.get(last, last)
+    return _PARTS.get(last, last)
 
 
 @torch.no_grad()

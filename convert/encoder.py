@@ -4,6 +4,7 @@ Notation: W (K, N) the wanted weights, Q what the codes stand for, H and U as in
 Everything is dense matrix work, independent from column to column.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from exl_runtime.ops import encode as ops
 
 from .encoded import Encoded, Layout
+from .layouts import uniform
 from .moments import FLOOR, Factor, inverse_upper
 from .scales import Scales, classic, neighbours, scale_values, search, unit
 
@@ -44,18 +46,12 @@ def encode(weight: Tensor, factor: Factor, layout: Layout, recipe: Recipe) -> En
     """Codes for `weight` float32 (K, N), rows in the model's order. A factor without `u` means plain rounding."""
     wanted = weight[factor.perm]
     state = _State(wanted, layout)
-    left = wanted.clone()
-    for index, (bits, start, stop) in enumerate(state.groups):
-        w = left[start:stop]
-        if factor.u is None:
-            state.round(index, w, _scales(w, bits, None, recipe, factor.h[start:stop, start:stop]))
-            continue
-        u = factor.u[start:stop, start:stop].contiguous()
-        scales = _scales(w, bits, u, recipe, None)
-        codes, q, errors = ops.feedback_encode(w, u, scales.values(), bits)
-        state.put(index, scales, codes, q)
-        if stop < left.shape[0]:
-            left[stop:] -= factor.u[start:stop, stop:].t() @ errors
+    if factor.u is None:
+        for index, (bits, start, stop) in enumerate(state.groups):
+            state.round(index, _scales(wanted[start:stop], bits, None, recipe, factor.h[start:stop, start:stop]))
+    else:
+        for index, (scales, codes, q, _) in enumerate(_feedback(wanted, factor.u, layout, recipe)):
+            state.put(index, scales, codes, q)
     if factor.u is not None and recipe.sweeps:
         _refine(state, factor, recipe)
     return Encoded(
@@ -65,6 +61,23 @@ def encode(weight: Tensor, factor: Factor, layout: Layout, recipe: Recipe) -> En
         scale_max=state.maxima,
         perm=factor.perm,
     )
+
+
+def _feedback(
+    wanted: Tensor, u: Tensor, layout: Layout, recipe: Recipe
+) -> Iterator[tuple[Scales, Tensor, Tensor, Tensor]]:
+    """GPTQ: (scales, codes, q, errors) of every group; what a group gets wrong, the rows behind it make good."""
+    left = wanted.clone()
+    start = 0
+    for bits, rows in layout:
+        stop = start + rows
+        w, block = left[start:stop], u[start:stop, start:stop].contiguous()
+        scales = _scales(w, bits, block, recipe, None)
+        codes, q, errors = ops.feedback_encode(w, block, scales.values(), bits)
+        yield scales, codes, q, errors
+        if stop < left.shape[0]:
+            left[stop:] -= u[start:stop, stop:].t() @ errors
+        start = stop
 
 
 class _State:
@@ -91,9 +104,10 @@ class _State:
         self.scale_codes[index] = scales.codes
         self.maxima[index] = scales.maximum
 
-    def round(self, index: int, w: Tensor, scales: Scales) -> None:
+    def round(self, index: int, scales: Scales) -> None:
         """Round to nearest; code 0 where the scale is 0, as in `ops.encode`."""
-        bits = self.groups[index][0]
+        bits, start, stop = self.groups[index]
+        w = self.wanted[start:stop]
         values = scales.values()
         codes = torch.round(w / torch.where(values > 0, values, torch.inf))
         codes.clamp_(-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
@@ -174,17 +188,8 @@ class Trial:
 def attempt(weight: Tensor, factor: Factor, bits: int, size: int, recipe: Recipe = QUICK) -> Trial:
     """Encode `weight` (K, N) at `bits` everywhere in groups of `size` rows, without refinement. Needs factor.u."""
     assert factor.u is not None
-    left = weight[factor.perm]
-    lost, q_all = torch.empty_like(left), torch.empty_like(left)
-    for start in range(0, left.shape[0], size):
-        stop = min(start + size, left.shape[0])
-        u = factor.u[start:stop, start:stop].contiguous()
-        w = left[start:stop]
-        _, q, errors = ops.feedback_encode(w, u, _scales(w, bits, u, recipe, None).values(), bits)
-        lost[start:stop] = errors.square()
-        q_all[start:stop] = q
-        if stop < left.shape[0]:
-            left[stop:] -= factor.u[start:stop, stop:].t() @ errors
-    whole = torch.empty_like(q_all)
-    whole[factor.perm] = q_all
-    return Trial(lost, whole)
+    wanted = weight[factor.perm]
+    found = list(_feedback(wanted, factor.u, uniform(wanted.shape[0], bits, size), recipe))
+    whole = torch.empty_like(wanted)
+    whole[factor.perm] = torch.cat([q for _, _, q, _ in found])
+    return Trial(torch.cat([errors for _, _, _, errors in found]).square(), whole)

@@ -9,20 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exl_runtime.config import ModelSpec
 from exl_runtime.ops.norm import rms_norm
 
 from .checking import half
 from .encoded import Encoded, Layout, stored_bits
 from .encoder import BEST, CLASSIC, Recipe
-from .forward import LayerForward, embed
+from .forward import LayerForward
 from .layerpass import Encoding, LayerPass, Plan, encode_matrix
 from .layouts import describe
 from .moments import Moments
 from .progress import Progress
 from .report import MatrixReport
-from .source import HEAD, Slot, Source
+from .source import HEAD, Source
 from .states import States
 from .store import PARTIAL, read_json, read_tensors, write_json, write_tensors
+from .streaming import fill
 from .workspace import Workspace
 
 STREAMS = ("source", "result")
@@ -95,8 +97,7 @@ def _begin(job: Job, layer: int) -> dict[str, States]:
     for name, path in paths.items():
         held = States(shape, _partial(path))
         used = table if name == "source" else half(table, "the embedding table").float()
-        for at in range(0, job.rows.shape[0], job.chunk):
-            held.write(at, embed(spec, used, job.rows[at : at + job.chunk].to(job.source.device)))
+        fill(held, spec, used, job.rows, job.chunk)
         held.commit(path)
         made[name] = held
     return made
@@ -127,8 +128,7 @@ def _layer(job: Job, i: int, states: dict[str, States], advance: Callable[[str],
     done = run.run()
     for name, path in _paths(job, i + 1).items():
         after[name].commit(path)
-    dense = {name: run.result[key] for name, key in source.dense_tensors(i).items()}
-    _save(space, i, slots, done, weights, dense)
+    _save(space, source, i, done, run.result)
     for held in states.values():
         held.discard()
     return after
@@ -152,50 +152,87 @@ def _head(job: Job, states: dict[str, States]) -> None:
     slot = source.head_slot
     norm = source.final_norm()
     stored = half(norm, "the final norm").float()
-    moments = Moments(slot.inputs, source.device)
-    for at in range(0, job.rows.shape[0], job.chunk):
-        stop = min(at + job.chunk, job.rows.shape[0])
-        y = rms_norm(states["result"].read(at, stop).to(source.device), stored, spec.norm_eps, spec.norm_weight_offset)
-        x = None
-        if job.correct:
-            x = states["source"].read(at, stop).to(source.device)
-            x = rms_norm(x, norm, spec.norm_eps, spec.norm_weight_offset)
-        moments.add(y, x)
+    moments = head_moments(spec, states["result"], stored, job.chunk, states.get("source"), norm)
     encoding = encode_matrix(source.head(), moments, job.layouts[slot.path], job.recipe, correct=job.correct)
     encoding.seconds = time.perf_counter() - started
-    dense = {name: stored for name, key in source.dense_tensors(None).items() if key == "final_norm"}
-    _save(job.space, None, {HEAD: slot}, {HEAD: encoding}, {}, dense)
+    _save(job.space, source, None, {HEAD: encoding}, {"final_norm": stored})
+
+
+def head_moments(
+    spec: ModelSpec, result: States, stored: Tensor, chunk: int, source: States | None, norm: Tensor
+) -> Moments:
+    """Moments of what goes into the head. stored, norm: final norm (hidden,) of the result and of the source.
+
+    source None: nothing is corrected.
+    """
+
+    def read(states: States, weight: Tensor, at: int) -> Tensor:
+        x = states.read(at, min(at + chunk, states.rows)).to(weight.device)
+        return rms_norm(x, weight, spec.norm_eps, spec.norm_weight_offset)
+
+    moments = Moments(spec.hidden_size, stored.device)
+    for at in range(0, result.rows, chunk):
+        moments.add(read(result, stored, at), None if source is None else read(source, norm, at))
+    return moments
 
 
 def _save(
-    space: Workspace,
-    layer: int | None,
-    slots: Mapping[str, Slot],
-    done: Mapping[str, Encoding],
-    weights: Mapping[str, Tensor],
-    dense: Mapping[str, Tensor],
+    space: Workspace, source: Source, layer: int | None, done: Mapping[str, Encoding], values: Mapping[str, Tensor]
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    slots = source.layer_slots(layer)
     notes = {}
-    for key, slot in slots.items():
-        encoding = done[key]
-        bias = weights[f"{key}.bias"] if slot.biased else None
-        for suffix, tensor in encoding.encoded.tensors(bias, where=slot.path).items():
-            tensors[f"{slot.path}.{suffix}"] = tensor.cpu()
+    for slot in slots:
+        encoding, weights = done[slot.key], slot.inputs * slot.outputs
         bits = stored_bits(encoding.encoded.layout, slot.inputs, slot.outputs, biased=slot.biased)
-        weights_in = slot.inputs * slot.outputs
         notes[slot.path] = {
-            "bits_per_weight": bits / weights_in,
+            "bits_per_weight": bits / weights,
             "layout": describe(encoding.encoded.layout),
             "error": encoding.error if math.isfinite(encoding.error) else None,
             "flags": list(encoding.flags),
             "seconds": encoding.seconds,
-            "weights": weights_in,
+            "weights": weights,
         }
-    for name, tensor in dense.items():
-        tensors[name] = half(tensor.t() if tensor.dim() == 2 else tensor, name).cpu().contiguous()
     write_json(space.notes(layer), {"matrices": notes})
-    write_tensors(space.layer(layer), tensors)
+    encoded = {slot.path: done[slot.key].encoded for slot in slots}
+    write_tensors(space.layer(layer), stored_tensors(source, layer, encoded, values))
+
+
+def stored_tensors(
+    source: Source, layer: int | None, encoded: Mapping[str, Encoded], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """On-disk name -> tensor of one layer; None: of what lies outside the layers.
+
+    encoded  path -> matrix
+    values   key -> norm, router or bias, as in `Source.layer`; "final_norm", "embedding". Dense tensors without a
+             value are left out. All are rounded to half.
+    """
+    tensors: dict[str, Tensor] = {}
+    for slot in source.layer_slots(layer):
+        bias = values[f"{slot.key}.bias"] if slot.biased else None
+        for suffix, tensor in encoded[slot.path].tensors(bias, where=slot.path).items():
+            tensors[f"{slot.path}.{suffix}"] = tensor.cpu()
+    for name, key in source.dense_tensors(layer).items():
+        if key in values:
+            value = values[key].t() if key == "router" else values[key]
+            tensors[name] = half(value, name).cpu().contiguous()
+    return tensors
+
+
+def load_layer(source: Source, space: Workspace, layer: int | None) -> tuple[dict[str, Encoded], dict[str, Tensor]]:
+    """The inverse of `stored_tensors`, of a finished layer: (path -> matrix, key -> float32 value), on the device."""
+    stored = {name: tensor.to(source.device) for name, tensor in read_tensors(space.layer(layer)).items()}
+    names = {key: name for name, key in source.dense_tensors(layer).items() if name in stored}
+    values = {key: stored[name].float() for key, name in names.items()}
+    if "router" in values:
+        values["router"] = values["router"].t().contiguous()
+    encoded = {}
+    for slot in source.layer_slots(layer):
+        prefix = f"{slot.path}."
+        group = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+        encoded[slot.path] = Encoded.from_tensors(group, slot.outputs, where=slot.path)
+        if slot.biased:
+            values[f"{slot.key}.bias"] = group["bias"][: slot.outputs].float()
+    return encoded, values
 
 
 def reports(source: Source, space: Workspace) -> tuple[MatrixReport, ...]:
@@ -206,14 +243,3 @@ def reports(source: Source, space: Workspace) -> tuple[MatrixReport, ...]:
             error = math.nan if note["error"] is None else note["error"]
             found.append(MatrixReport(path=path, **{**note, "error": error, "flags": tuple(note["flags"])}))
     return tuple(found)
-
-
-def load_encoded(space: Workspace, layer: int | None, slots: Mapping[str, Slot]) -> dict[str, Encoded]:
-    """path -> matrix of one finished layer (None: the head)."""
-    tensors = read_tensors(space.layer(layer))
-    found = {}
-    for slot in slots.values():
-        prefix = f"{slot.path}."
-        group = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        found[slot.path] = Encoded.from_tensors(group, slot.outputs, where=slot.path)
-    return found

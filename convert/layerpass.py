@@ -6,7 +6,7 @@ each one sees, and may correct, the errors of those before it:  q k v -> o -> ga
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .encoded import Encoded, Layout
 from .encoder import Recipe, encode
-from .forward import LayerForward
+from .forward import LayerForward, LayerWeights
 from .moments import Factor, Moments, factor
 from .source import Slot
 from .states import States
@@ -24,6 +24,10 @@ from .states import States
 CORRECTION = 0.7
 EXPERT_BYTES = 1 << 30  # moments of experts collected at a time
 Keep = Callable[[int], States]  # width -> somewhere to keep hidden states of that width
+Step = Callable[[Tensor, LayerWeights], Tensor]
+Leave = Callable[[Tensor, Tensor, LayerWeights], Tensor]
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,66 +79,44 @@ class LayerPass:
         result are rounded to half, as they are stored. Returns slot key -> encoding.
         """
         self.result = {key: value if key in self.slots else value.half().float() for key, value in self.weights.items()}
-        self._attention()
-        if self.forward.is_moe:
+        f = self.forward
+        self._half(QKV, "o_proj", f.attention_input, f.attention_inner, f.attention_add)
+        if f.is_moe:
             self._experts()
         else:
-            self._mlp()
+            self._half(GATE_UP, "down_proj", f.mlp_input, f.mlp_inner, f.mlp_add)
         return self.done
 
     # --- halves of the layer ----------------------------------------------------------------------------------
 
-    def _attention(self) -> None:
-        f, w0, w1 = self.forward, self.weights, self.result
-        inputs = self._moments("q_proj")
-        for _, x, y in self._chunks():
-            self._add(inputs, f.attention_input(y, w1), f.attention_input(x, w0))
-        inner = self._keeps("o_proj")
-        out = self._moments("o_proj", residual=True)
-        if not self.plan.correct:  # o_proj as seen behind unquantized neighbours
-            for _, _, y in self._chunks():
-                self._add(out, f.attention_inner(f.attention_input(y, w1), w0), None)
-        for key in ("q_proj", "k_proj", "v_proj"):
-            self._encode(key, inputs)
-        for start, x, y in self._chunks():
-            y_inner = f.attention_inner(f.attention_input(y, w1), w1)
-            x_inner = f.attention_inner(f.attention_input(x, w0), w0) if self.plan.correct else None
-            if self.plan.correct:
-                self._add(out, y_inner, x_inner, x - y)
-            self._store(inner, start, y_inner, x_inner)
-        self._encode("o_proj", out)
-        for start, x, y in self._chunks():
-            y_inner, x_inner = self._stored(inner, start, y.shape[0])
-            self.quantized.write(start, f.attention_add(y, y_inner, w1))
-            if self.plan.correct:
-                self.source.write(start, f.attention_add(x, x_inner, w0))
-        self._drop(inner)
+    def _half(self, first: Sequence[str], last: str, enter: Step, inner: Step, leave: Leave) -> None:
+        """Matrices that share an input, then the one behind them: q k v, o of the attention; gate up, down of an MLP.
 
-    def _mlp(self) -> None:
-        f, w0, w1 = self.forward, self.weights, self.result
-        inputs = self._moments("gate_proj")
+        enter  stream -> input of the `first` matrices;  inner  that -> input of the `last`;  leave  adds its output
+        """
+        w0, w1, correct = self.weights, self.result, self.plan.correct
+        inputs, out = self._moments(first[0]), self._moments(last, residual=True)
         for _, x, y in self._chunks():
-            self._add(inputs, f.mlp_input(y, w1), f.mlp_input(x, w0))
-        inner = self._keeps("down_proj")
-        out = self._moments("down_proj", residual=True)
-        if not self.plan.correct:
-            for _, _, y in self._chunks():
-                self._add(out, f.mlp_inner(f.mlp_input(y, w1), w0), None)
-        for key in ("gate_proj", "up_proj"):
-            self._encode(key, inputs)
+            h = enter(y, w1)
+            inputs.add(h, enter(x, w0) if correct else None)
+            if not correct:  # the last matrix as seen behind unquantized neighbours
+                out.add(inner(h, w0))
+        self._encode(first, inputs)
+        del inputs  # a few hundred MiB in large models
+        kept = self._keeps(last)
         for start, x, y in self._chunks():
-            y_inner = f.mlp_inner(f.mlp_input(y, w1), w1)
-            x_inner = f.mlp_inner(f.mlp_input(x, w0), w0) if self.plan.correct else None
-            if self.plan.correct:
-                self._add(out, y_inner, x_inner, x - y)
-            self._store(inner, start, y_inner, x_inner)
-        self._encode("down_proj", out)
+            y_inner = inner(enter(y, w1), w1)
+            x_inner = inner(enter(x, w0), w0) if correct else None
+            if correct:
+                out.add(y_inner, x_inner, x - y if out.has_residual else None)
+            self._store(kept, start, y_inner, x_inner)
+        self._encode((last,), out)
         for start, x, y in self._chunks():
-            y_inner, x_inner = self._stored(inner, start, y.shape[0])
-            self.quantized.write(start, f.mlp_add(y, y_inner, w1))
-            if self.plan.correct:
-                self.source.write(start, f.mlp_add(x, x_inner, w0))
-        self._drop(inner)
+            y_inner, x_inner = self._stored(kept, start, y.shape[0])
+            self.quantized.write(start, leave(y, y_inner, w1))
+            if correct:
+                self.source.write(start, leave(x, x_inner, w0))
+        self._drop(kept)
 
     def _experts(self) -> None:
         """Experts a few at a time, as their moments are large; each sees the tokens that are routed to it."""
@@ -149,18 +131,17 @@ class LayerPass:
             gates = {e: self._moments(f"experts.{e}.gate_proj") for e in some}
             downs = {e: self._moments(f"experts.{e}.down_proj") for e in some}
             for e, (h, source) in self._routed(assign, some):
-                self._add(gates[e], h, source)
+                gates[e].add(h, source if self.plan.correct else None)
                 if not self.plan.correct:
-                    self._add(downs[e], f.expert_inner(h, w0, e), None)
+                    downs[e].add(f.expert_inner(h, w0, e))
             for e in some:
                 flags = assign.flags(e)
-                self._encode(f"experts.{e}.gate_proj", gates[e], flags)
-                self._encode(f"experts.{e}.up_proj", gates[e], flags)
+                self._encode([f"experts.{e}.{part}" for part in GATE_UP], gates[e], flags)
             if self.plan.correct:
                 for e, (h, source) in self._routed(assign, some):
-                    self._add(downs[e], f.expert_inner(h, w1, e), f.expert_inner(source, w0, e))
+                    downs[e].add(f.expert_inner(h, w1, e), f.expert_inner(source, w0, e))
             for e in some:
-                self._encode(f"experts.{e}.down_proj", downs[e], assign.flags(e))
+                self._encode((f"experts.{e}.down_proj",), downs[e], assign.flags(e))
         for start, x, y in self._chunks():
             self.quantized.write(start, f.mlp(y, w1))
             if self.plan.correct:
@@ -194,10 +175,6 @@ class LayerPass:
         device = self.weights["input_norm"].device
         return Moments(slot.inputs, device, outputs=slot.outputs if wanted else None)
 
-    def _add(self, moments: Moments, y: Tensor, x: Tensor | None, residual: Tensor | None = None) -> None:
-        wanted = residual is not None and moments.has_residual
-        moments.add(y, x if self.plan.correct else None, residual if wanted else None)
-
     def _keeps(self, key: str) -> tuple[States, States | None]:
         width = self.slots[key].inputs
         return self.keep(width), self.keep(width) if self.plan.correct else None
@@ -219,25 +196,38 @@ class LayerPass:
             if states is not None:
                 states.discard()
 
-    def _encode(self, key: str, moments: Moments, flags: tuple[str, ...] = ()) -> None:
-        started = time.perf_counter()
-        plan, weight = self.plan, self.weights[key]
-        encoding = encode_matrix(weight, moments, plan.layouts[key], plan.recipe, correct=plan.correct)
-        encoding.seconds = time.perf_counter() - started
-        encoding.flags += flags
-        self.done[key] = encoding
-        self.result[key] = encoding.encoded.weight()
-        self.advance(self.slots[key].path)
+    def _encode(self, keys: Sequence[str], moments: Moments, flags: tuple[str, ...] = ()) -> None:
+        """Encode the matrices that `moments` are the inputs of, which are factored once."""
+        plan, factors = self.plan, None
+        for key in keys:
+            started = time.perf_counter()
+            factors = factors or factor_for(moments, plan.recipe)
+            encoding = encode_matrix(
+                self.weights[key], moments, plan.layouts[key], plan.recipe, correct=plan.correct, factors=factors
+            )
+            encoding.seconds = time.perf_counter() - started
+            encoding.flags += flags
+            self.done[key] = encoding
+            self.result[key] = encoding.encoded.weight()
+            self.advance(self.slots[key].path)
 
 
-def encode_matrix(weight: Tensor, moments: Moments, layout: Layout, recipe: Recipe, *, correct: bool) -> Encoding:
+def factor_for(moments: Moments, recipe: Recipe) -> Factor:
+    """H of collected moments, sorted, damped and factored as the recipe says."""
+    return factor(moments.hessian, damping=recipe.damping, floor=recipe.floor)
+
+
+def encode_matrix(
+    weight: Tensor, moments: Moments, layout: Layout, recipe: Recipe, *, correct: bool, factors: Factor | None = None
+) -> Encoding:
     """Encode one matrix, weight float32 (K, N), from collected moments.
 
     `flags` say when H had to be damped beyond the recipe, or was given up. correct: aim at `Moments.target`.
+    factors: `factor_for` these moments, where it is known already.
     """
     hessian = moments.hessian
     target = moments.target(weight, strength=CORRECTION) if correct else weight
-    factors = factor(hessian, damping=recipe.damping, floor=recipe.floor)
+    factors = factors or factor_for(moments, recipe)
     encoded = encode(target, factors, layout, recipe)
     off = encoded.weight() - target
     power = float((target * (hessian @ target)).sum())
@@ -262,7 +252,6 @@ class Assignment:
     """
 
     def __init__(self, routes: list[tuple[Tensor, Tensor, Tensor]], experts: int, wanted: int) -> None:
-        self._rows: list[list[Tensor]] = []
         chosen = [torch.zeros(logits.shape, dtype=torch.bool, device=logits.device) for _, _, logits in routes]
         for mask, (_, picks, _) in zip(chosen, routes, strict=True):
             mask.scatter_(1, picks, True)

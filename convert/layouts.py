@@ -130,6 +130,11 @@ def grouped(widths: Sequence[tuple[int, int]], size: int) -> Layout:
     return tuple(groups)
 
 
+def uniform(inputs: int, bits: int, size: int) -> Layout:
+    """One width in groups of `size` rows, the last one shorter."""
+    return grouped(((bits, inputs),), size)
+
+
 def describe(layout: Layout) -> str:
     """ "0.125:5b_64g/0.875:4b_64g": share of the rows, bits and largest group of every width."""
     total = sum(rows for _, rows in layout)

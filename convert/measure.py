@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl_runtime.config import ModelSpec
 from exl_runtime.errors import ConvertError
 from exl_runtime.formats.exl2 import ROW_MULTIPLE, WIDTHS
 
 from .encoder import QUICK, attempt
 from .forward import LayerForward, logits
-from .moments import Moments, factor
+from .moments import Factor, Moments, factor
 from .source import Slot
 
 GROUP_SIZES = {2: (128, 64, 32), 3: (128, 64, 32), 4: (128, 64, 32), 5: (128, 32), 6: (128, 32), 8: (128,)}
@@ -80,10 +81,10 @@ def _wanted() -> set[tuple[int, int]]:
 
 
 @torch.enable_grad()
-def top_gradient(forward_spec: Any, x: Tensor, final_norm: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+def top_gradient(spec: ModelSpec, x: Tensor, final_norm: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient, at the last hidden states x (B, T, hidden), of the log-probabilities of one drawn token each."""
     x = x.detach().requires_grad_(True)
-    scores = torch.log_softmax(logits(forward_spec, x, final_norm, head), dim=-1)
+    scores = torch.log_softmax(logits(spec, x, final_norm, head), dim=-1)
     flat = scores.detach().exp().flatten(0, 1).cpu()
     drawn = torch.multinomial(flat, 1, generator=generator).to(x.device)
     scores.flatten(0, 1).gather(1, drawn).sum().backward()
@@ -178,16 +179,19 @@ class LayerProbe:
     @torch.no_grad()
     def sensitivities(self, advance: Callable[[str], None]) -> Iterator[Sensitivity]:
         """Try every width on every matrix. Once all rows have passed `back`."""
+        shared, factors = None, None
         for key, slot in self.slots.items():
-            yield self._sensitivity(key, slot)
+            moments = self._moments[key]
+            if factors is None or moments is not shared:  # q, k and v have one input, gate and up another
+                shared, factors = moments, factor(moments.hessian, damping=QUICK.damping)
+            yield self._sensitivity(key, slot, factors)
             advance(slot.path)
 
-    def _sensitivity(self, key: str, slot: Slot) -> Sensitivity:
+    def _sensitivity(self, key: str, slot: Slot, factors: Factor) -> Sensitivity:
         columns = _columns(slot.outputs, self.weights[key].device)
         weight = self.weights[key][:, columns].contiguous()
         importance = (self._gradients[key][columns] / max(1, self.tokens)).float()
         importance *= slot.outputs / columns.numel() / 2
-        factors = factor(self._moments[key].hessian, damping=QUICK.damping)
         losses: dict[tuple[int, int], tuple[float, ...]] = {}
         correlation = 1.0
         for bits, size in sorted(_wanted()):

@@ -18,6 +18,7 @@ from .resources import CHUNK_FLOATS, measured_rows
 from .source import Source
 from .states import States
 from .store import read_json, read_tensor, write_json, write_tensors
+from .streaming import fill, through
 from .workspace import Workspace
 
 FORMAT = "exl-runtime measurement"
@@ -134,29 +135,24 @@ def _undone(space: Workspace, layers: int) -> int:
 @torch.no_grad()
 def _forward(source: Source, space: Workspace, rows: Tensor, stop: int, chunk: int, progress: Progress) -> list[States]:
     """Hidden states before every layer up to `stop`, and behind the last one. NonFiniteError names a layer."""
-    spec, device = source.spec, source.device
+    spec = source.spec
     count, length = rows.shape
     shape = (count, length, spec.hidden_size)
     copies = len(spec.layers) + 4
     with progress.stage("measuring: forward", stop, "layers") as bar:
         inputs = [space.scratch(shape, copies)]
-        table = source.embedding()
-        for at in range(0, count, chunk):
-            inputs[0].write(at, embed(spec, table, rows[at : at + chunk].to(device)))
-        del table
+        fill(inputs[0], spec, source.embedding(), rows, chunk)
         for i in range(stop):
             inputs.append(space.scratch(shape, copies))
-            _through(source, i, inputs[i], inputs[i + 1], chunk)
+
+            def check(x: Tensor, i: int = i) -> None:
+                _require_finite(bool(torch.isfinite(x).all()), source, f"an output of layer {i}")
+
+            forward = LayerForward(spec, spec.layers[i], length, source.device)
+            # The weights live for the call only: never two layers at once.
+            through(forward, source.layer(i), inputs[i], inputs[i + 1], chunk, check)
             bar.advance()
     return inputs
-
-
-def _through(source: Source, i: int, before: States, after: States, chunk: int) -> None:
-    forward, w = LayerForward(source.spec, source.spec.layers[i], before.shape[1], source.device), source.layer(i)
-    for at in range(0, before.rows, chunk):
-        x = forward(before.read(at, min(at + chunk, before.rows)).to(source.device), w)
-        _require_finite(bool(torch.isfinite(x).all()), source, f"an output of layer {i}")
-        after.write(at, x)
 
 
 def _back(

@@ -58,6 +58,7 @@ class Source:
         self.spec = spec
         self.device = device
         self._checkpoint = checkpoint
+        self._identity: str | None = None  # read once: it looks into every tensor
         self._weights = Weights(checkpoint, spec, files.quantization)
 
     @classmethod
@@ -117,6 +118,10 @@ class Source:
             for key, (inputs, outputs, biased) in shapes.items()
         )
 
+    def layer_slots(self, layer: int | None) -> tuple[Slot, ...]:
+        """`slots` of a layer; None: what is quantized outside of them, the head."""
+        return (self.head_slot,) if layer is None else self.slots(layer)
+
     @property
     def head_slot(self) -> Slot:
         """The output head: a matrix of its own in an EXL2 folder even where the source ties it to the embedding."""
@@ -172,9 +177,14 @@ class Source:
     def identity(self) -> str:
         """32 hex digits that tell this model from others: every tensor's name, dtype and shape, and some of its bytes.
 
-        A fine-tuned model may share whole tensors with its base, norms for example, so every tensor is looked at; all
-        of all of them would take minutes. Raises CheckpointError.
+        A fine-tuned model may share whole tensors with its base, norms for example, so every tensor is looked at;
+        reading all of their bytes would take minutes. Raises CheckpointError.
         """
+        if self._identity is None:
+            self._identity = self._digest()
+        return self._identity
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for name in sorted(self._checkpoint.names):
             info = self._checkpoint.info(name)

@@ -1,20 +1,16 @@
 """The tuning stage: end-to-end correction of a small model, kept only where it helps on held-out rows."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .calibration import Calibration
-from .checking import half
-from .encoded import Encoded
-from .encoding import load_encoded
+from .encoding import load_layer, stored_tensors
 from .progress import Progress
-from .source import HEAD, Source
-from .store import read_json, read_tensors, write_json, write_tensors
-from .tune import STEPS, Tuned, fits, tune
+from .source import Source
+from .store import read_json, write_json, write_tensors
+from .tune import STEPS, fits, tune
 from .workspace import Workspace
 
 GUARD_TOKENS = 1024  # fewer held-out tokens cannot tell whether tuning helps: then it is not tried
@@ -78,29 +74,18 @@ def _tune(
 ) -> None:
     """Run it and write its files, the one that says so last."""
     layers = [layer.index for layer in source.spec.layers]
-    slots = {i: {slot.key: slot for slot in source.slots(i)} for i in layers}
-    head = source.head_slot
     encoded, dense = {}, []
     for i in layers:
-        encoded |= load_encoded(space, i, slots[i])
-        stored = read_tensors(space.layer(i))
-        found = {key: stored[name].float() for name, key in source.dense_tensors(i).items()}
-        if "router" in found:
-            found["router"] = found["router"].t().contiguous()
-        for key, slot in slots[i].items():
-            if slot.biased:
-                found[f"{key}.bias"] = stored[f"{slot.path}.bias"][: slot.outputs].float()
-        dense.append({key: value.to(source.device) for key, value in found.items()})
-    encoded |= load_encoded(space, None, {HEAD: head})
-    encoded = {path: _on(source.device, matrix) for path, matrix in encoded.items()}
-    names = {key: name for name, key in source.dense_tensors(None).items()}
-    norm = read_tensors(space.layer(None))[names["final_norm"]].float().to(source.device)
+        matrices, values = load_layer(source, space, i)
+        encoded |= matrices
+        dense.append(values)
+    head, outside = load_layer(source, space, None)
     with progress.stage("tuning", STEPS, "steps") as bar:
         result = tune(
             source,
-            encoded,
+            encoded | head,
             dense,
-            norm,
+            outside["final_norm"],
             rows=data.rows,
             held_out=guard_rows(data.held_out),
             seed=seed,
@@ -109,24 +94,7 @@ def _tune(
         )
     if result.steps:
         for i, path in zip((*layers, None), files, strict=True):
-            write_tensors(path, _tensors(source, result, i))
+            outside = {"final_norm": result.final_norm, "embedding": result.embedding}
+            values = outside if i is None else result.dense[i]
+            write_tensors(path, stored_tensors(source, i, result.encoded, values))
     write_json(space.tuned / "done.json", {"steps": result.steps, "before": result.before, "after": result.after})
-
-
-def _on(device: torch.device, matrix: Encoded) -> Encoded:
-    tensors = {name: getattr(matrix, name).to(device) for name in ("codes", "scale_codes", "scale_max", "perm")}
-    return replace(matrix, **tensors)
-
-
-def _tensors(source: Source, result: Tuned, i: int | None) -> dict[str, Tensor]:
-    """Everything that is stored for one layer, or (None) outside of them."""
-    tensors: dict[str, Tensor] = {}
-    dense = {"final_norm": result.final_norm, "embedding": result.embedding} if i is None else result.dense[i]
-    for slot in (source.head_slot,) if i is None else source.slots(i):
-        bias = dense[f"{slot.key}.bias"] if slot.biased else None
-        for suffix, tensor in result.encoded[slot.path].tensors(bias, where=slot.path).items():
-            tensors[f"{slot.path}.{suffix}"] = tensor.cpu()
-    for name, key in source.dense_tensors(i).items():
-        value = dense[key].t() if key == "router" else dense[key]
-        tensors[name] = half(value, name).cpu().contiguous()
-    return tensors

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exl_runtime.config import LayerSpec
 from exl_runtime.errors import ConvertError
 
-from .forward import LayerForward, embed, logits
+from .forward import LayerForward, logits
 from .report import Divergence
 from .source import Source
 from .states import States
+from .streaming import fill, through
 
 SANE = 10.0  # nats of KL per token: beyond lies noise, not a damaged model
 Room = Callable[[tuple[int, int, int]], States]
@@ -70,20 +70,13 @@ def compare(
 def _hidden(model: Source, rows: Tensor, chunk: int, room: Room, advance: Callable[[int], None]) -> States:
     """The last hidden states of all rows, one layer in memory at a time."""
     states = room((*rows.shape, model.spec.hidden_size))
-    table = model.embedding()
-    for at in range(0, rows.shape[0], chunk):
-        states.write(at, embed(model.spec, table, rows[at : at + chunk].to(model.device)))
-    del table
+    fill(states, model.spec, model.embedding(), rows, chunk)
     for layer in model.spec.layers:
-        _through(model, layer, states, chunk)
+        # The weights live for the call only: never two layers at once.
+        forward = LayerForward(model.spec, layer, rows.shape[1], model.device)
+        through(forward, model.layer(layer.index), states, states, chunk)
         advance(1)
     return states
-
-
-def _through(model: Source, layer: LayerSpec, states: States, chunk: int) -> None:
-    forward, w = LayerForward(model.spec, layer, states.shape[1], model.device), model.layer(layer.index)
-    for at in range(0, states.rows, chunk):
-        states.write(at, forward(states.read(at, min(at + chunk, states.rows)).to(model.device), w))
 
 
 def require_sane(found: Divergence, folder: str) -> None:

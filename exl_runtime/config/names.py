@@ -21,7 +21,7 @@ from dataclasses import dataclass
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
-_LETTERS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+EXPERT_LETTERS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Names:
         """Sources of one matrix of one expert; `part` is one of EXPERT_PARTS."""
         single = [f"mlp.experts.{expert}.{part}"]
         if self.lettered:
-            letter = _LETTERS[part]
+            letter = EXPERT_LETTERS[part]
             single = [f"block_sparse_moe.experts.{expert}.{letter}", f"mlp.experts.{expert}.{letter}", *single]
         found = [Source(path) for name in single for path in self._paths(layer, name)]
         inner = self.expert_size

@@ -9,7 +9,7 @@ from converting import Quiet, in_a_hurry, interrupt, options, small_model, tenso
 from safetensors.torch import load_file, save_file
 
 from convert.allocate import uniform
-from convert.encoding import Job, encode_layers, load_encoded, reports
+from convert.encoding import Job, encode_layers, load_layer, reports
 from convert.forward import LayerForward, embed
 from convert.layouts import head_option
 from convert.source import Source
@@ -24,11 +24,6 @@ ROWS = torch.randint(3, 70, (6, 16), generator=torch.Generator().manual_seed(1))
 def quick():
     with in_a_hurry():
         yield
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 def space_for(source: Source, folder: Path):
@@ -55,8 +50,8 @@ def test_files_of_layers(name: str, encoder: str, models: Path, tmp_path: Path) 
         assert not list((tmp_path / "w" / "states").iterdir()) and not list((tmp_path / "w" / "scratch").iterdir())
         for layer in (0, 1, None):
             stored = load_file(space.layer(layer))
-            slots = {slot.key: slot for slot in ([source.head_slot] if layer is None else source.slots(layer))}
-            read = load_encoded(space, layer, slots)
+            slots = {slot.key: slot for slot in source.layer_slots(layer)}
+            read, _ = load_layer(source, space, layer)
             for key, slot in slots.items():
                 group = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{slot.path}.")}
                 bias = group.pop("bias", None)
@@ -91,7 +86,7 @@ def test_the_two_streams_are_what_the_two_models_compute(models: Path, tmp_path:
             forward, w = LayerForward(source.spec, layer, 16, source.device), source.layer(layer.index)
             x = forward(x, w)
             slots = {slot.key: slot for slot in source.slots(layer.index)}
-            read = load_encoded(space, layer.index, slots)
+            read, _ = load_layer(source, space, layer.index)
             w = {key: tensor.half().float() for key, tensor in w.items()}
             y = forward(y, w | {key: read[slot.path].weight() for key, slot in slots.items()})
         for stream, wanted in (("source", x), ("result", y)):

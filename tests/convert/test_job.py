@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +26,6 @@ from exl_runtime.errors import ConvertError
 def quick():
     with in_a_hurry():
         yield
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def source(models: Path, tmp_path: Path) -> Path:
-    """A model in a folder of its own."""
-    return Path(shutil.copytree(small_model("llama", models), tmp_path / "source"))
 
 
 @pytest.fixture(scope="module")

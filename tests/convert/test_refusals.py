@@ -25,17 +25,6 @@ def quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def source(models: Path, tmp_path: Path) -> Path:
-    """A model that the test may spoil."""
-    return Path(shutil.copytree(small_model("llama", models), tmp_path / "source"))
-
-
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     stored = tensors(folder)
     change(stored)

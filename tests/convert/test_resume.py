@@ -37,11 +37,6 @@ def quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
 class Recorded:
     """A conversion that was watched: the folder of its result and work, its options, its files, its snapshots."""
 
