@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exl_runtime.console.progress import choose_reporter
 from exl_runtime.errors import ExlError
 
 from . import allocate, classic
@@ -25,7 +26,6 @@ from .layerpass import LayerPass, Plan, encode_matrix
 from .layouts import head_option
 from .measure import LayerProbe, Sensitivity, top_gradient
 from .measuring import measuring_rows
-from .progress import choose_reporter
 from .resources import chunk_rows
 from .source import Source
 from .states import States

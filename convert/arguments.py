@@ -2,12 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from exl_runtime.console.program import StrictParser
+from exl_runtime.console.progress import printable
 from exl_runtime.errors import UsageError
 
 from .options import CACHES, ENCODERS, parse_size
-from .progress import printable
 
 DESCRIPTION = """\
 Make an EXL2 model out of a folder with an fp16, bf16, fp32, GPTQ or EXL2 one, on the CPU or a GPU. The work is saved
@@ -33,17 +33,9 @@ jobs of one source measure it once; what is finished is passed over; a job that 
 sizes: GB and MB are powers of 1000; GiB, MiB, G and M powers of 1024."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as everywhere in the program: one short message, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing: `main` prints."""
-        raise UsageError(message, hint=f"{self.prog} --help shows what it takes")
-
-
 def build_parser(prog: str = "python -m convert") -> argparse.ArgumentParser:
     """All options. Those of a job are absent from the result unless given; their dests are fields of JobOptions."""
-    parser = _Parser(
+    parser = StrictParser(
         prog=prog,
         usage=f"{prog} -i SOURCE -o RESULT -b BITS [options]\n       {prog} --resume DIR\n       {prog} --batch FILE",
         description=DESCRIPTION,

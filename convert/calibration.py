@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from exl_runtime.config import ModelSpec
+from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError, TemplateError, TokenizerError
 from exl_runtime.tokenizer.template import ChatTemplate
 from exl_runtime.tokenizer.tokenizer import Tokenizer
 
 from .openings import OPENINGS, chat_openings
-from .progress import Progress
 from .rows import random_rows, rows_from_files
 from .sample import sample_rows
 from .source import Source

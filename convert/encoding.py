@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from exl_runtime.config import ModelSpec
+from exl_runtime.console.progress import Progress
+from exl_runtime.files import PARTIAL, read_json, write_json
 from exl_runtime.ops.norm import rms_norm
 
 from .checking import half
@@ -19,11 +21,10 @@ from .forward import LayerForward
 from .layerpass import Encoding, LayerPass, Plan, encode_matrix
 from .layouts import describe
 from .moments import Moments
-from .progress import Progress
 from .report import MatrixReport
 from .source import HEAD, Source
 from .states import States
-from .store import PARTIAL, read_json, read_tensors, write_json, write_tensors
+from .store import read_tensors, write_tensors
 from .streaming import fill
 from .workspace import Workspace
 

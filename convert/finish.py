@@ -13,14 +13,15 @@ from torch import Tensor
 from exl_runtime import __version__
 from exl_runtime.checkpoint.header import read_header
 from exl_runtime.checkpoint.reader import DTYPES
+from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError
+from exl_runtime.files import PARTIAL, naming, write_bytes
 
 from .checking import half
 from .options import JobOptions
-from .progress import Progress
 from .report import Divergence, MatrixReport, Report, write_report
 from .source import Source
-from .store import PARTIAL, Planned, naming, read_tensor, write_bytes
+from .store import Planned, read_tensor
 from .verify import Room, compare, require_sane
 from .workspace import take_lock
 from .write import copied_files, prepare_target, quantization_config, write_folder

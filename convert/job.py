@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError, ExlError
+from exl_runtime.files import read_json, write_json
 from exl_runtime.model.placement import free_memory, resolve_device
 from exl_runtime.ops import native
 
@@ -26,11 +28,10 @@ from .encoding import Job, encode_layers, reports
 from .finish import Result, finish, open_target
 from .layouts import head_option
 from .options import JobOptions, load_job, validated, work_folder
-from .progress import Progress
 from .report import Divergence, MatrixReport, from_json
 from .resources import chunk_rows, require_disk, require_memory
 from .source import Source
-from .store import read_json, read_tensors, write_json, write_tensors
+from .store import read_tensors, write_tensors
 from .workspace import Workspace, open_workspace
 from .write import publish
 

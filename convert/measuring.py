@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError, NonFiniteError
+from exl_runtime.files import read_json, write_json
 
 from .classic import Rows, measure_layer
 from .forward import LayerForward, embed
 from .measure import LayerProbe, Sensitivity, top_gradient
-from .progress import Progress
 from .resources import CHUNK_FLOATS, measured_rows
 from .source import Source
 from .states import States
-from .store import read_json, read_tensor, write_json, write_tensors
+from .store import read_tensor, write_tensors
 from .streaming import fill, through
 from .workspace import Workspace
 

@@ -139,7 +139,7 @@ def from_json(value: object, *, where: str = JOB_FILE) -> JobOptions:
 
 def load_job(work: Path) -> JobOptions:
     """The options that the job in the folder `work` was started with. Raises ConvertError: no job, damaged file."""
-    from .store import read_json
+    from exl_runtime.files import read_json
 
     path = work / JOB_FILE
     if not path.is_file():
@@ -205,7 +205,7 @@ def _require_targets(options: JobOptions) -> None:
 
 
 def _require_places(options: JobOptions) -> None:
-    from .store import PARTIAL
+    from exl_runtime.files import PARTIAL
 
     work = work_folder(options)
     if options.out is not None and work == options.out.with_name(options.out.name + PARTIAL):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_runtime.errors import ConvertError
-
-from .store import GIB, write_bytes, write_json
+from exl_runtime.files import GIB, write_bytes, write_json
 
 FORMAT = "exl-runtime conversion report"
 VERSION = 1

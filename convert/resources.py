@@ -4,13 +4,13 @@ from pathlib import Path
 
 from exl_runtime.config import MlpSpec, ModelSpec
 from exl_runtime.errors import OutOfMemory
+from exl_runtime.files import GIB, require_space
 
 from .encoded import stored_bits
 from .layouts import head_option
 from .moments import WIDE
 from .source import Source
 from .states import ITEM
-from .store import GIB, require_space
 
 CHUNK_FLOATS = 1 << 24  # values of the widest activation that are worked on at a time
 BASE = 600 << 20  # the process itself

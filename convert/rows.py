@@ -1,11 +1,8 @@
-"""Token rows for calibration, and token streams for evaluation, out of files. Knows no model.
-
-Text that spells out a control token ("</s>" on a web page) is encoded as ordinary text, as it is in a chat.
-"""
+"""Token rows for calibration, out of files. Knows no model."""
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +11,12 @@ import torch
 from torch import Tensor
 
 from exl_runtime.errors import ConvertError
-from exl_runtime.tokenizer.protect import control_pattern, mark
+from exl_runtime.texts.documents import read_documents, regroup
+from exl_runtime.texts.tokens import Encode, encoded, plain_encoder, token_pieces
 from exl_runtime.tokenizer.tokenizer import Tokenizer
-
-from .documents import PIECE, read_documents, regroup
 
 _SPAN_PER_TOKEN = 8  # characters of a span per token of a row: two rows of English, five of Chinese
 _SHORTEST_SPAN = 2**12  # characters
-
-Encode = Callable[[str, bool], list[int]]
 
 
 def rows_from_files(
@@ -44,7 +38,7 @@ def rows_from_files(
     _require(rows >= 1, f"calibration takes at least 1 row, not {rows}")
     body = length if bos_id is None else length - 1
     _require(body >= 1, f"a row of {length} tokens holds no text")
-    encode = _plain_encoder(tokenizer)
+    encode = plain_encoder(tokenizer)
     draw = random.Random(seed)
     sources = [source[_spread(len(source), count, draw)] for source, count in _shares(paths, encode, body, rows)]
     text = torch.from_numpy(np.stack(list(_alternately(sources))).astype(np.int64))
@@ -76,9 +70,8 @@ def token_stream(paths: Sequence[Path], tokenizer: Tokenizer, limit: int | None 
     """
     _require(len(paths) > 0, "no file with text given")
     _require(limit is None or limit >= 1, f"the limit of tokens must be at least 1, not {limit}")
-    encode = _plain_encoder(tokenizer)
     parts, found = [], 0
-    for part in (part for path in paths for part in _encoded(read_documents(path), encode)):
+    for part in token_pieces(paths, tokenizer):
         parts.append(part)
         found += len(part)
         if limit is not None and found >= limit:
@@ -146,7 +139,7 @@ def _sample(path: Path, encode: Encode, body: int, need: int) -> _Sample:
         if len(spans) > 2 * need:
             spans, stride = spans[::2], 2 * stride
     if stride == 1:
-        segments, tail = _cut(_joined(_encoded(spans, encode)), body)
+        segments, tail = _cut(_joined(encoded(spans, encode)), body)
         return _Sample(segments, tail, False)
     pieces = [_cut(_int32(encode(span, index > 0)), body)[0] for index, span in enumerate(spans)]
     return _Sample(np.concatenate(pieces), _int32([]), True)
@@ -182,31 +175,6 @@ def _alternately(sources: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         turn = [(source, next(source, None)) for source in waiting]
         waiting = [source for source, row in turn if row is not None]
         yield from (row for _, row in turn if row is not None)
-
-
-# --- text to tokens -------------------------------------------------------------------------------------------------
-
-
-def _plain_encoder(tokenizer: Tokenizer) -> Encode:
-    """encode(text, continued): ids without BOS; with `continued`, as in the middle of a text."""
-    controls = control_pattern(tokenizer.control_texts())
-    newline = tokenizer.encode_rendered("\n")
-
-    def encode(text: str, continued: bool) -> list[int]:
-        text = mark(text, controls)
-        if continued:  # behind a newline, lest the start-of-text space of some tokenizers is put before it
-            ids = tokenizer.encode_rendered("\n" + text)
-            if ids[: len(newline)] == newline:
-                return ids[len(newline) :]
-        return tokenizer.encode_rendered(text)
-
-    return encode
-
-
-def _encoded(texts: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """int32 ids of one running text, piece by piece."""
-    for index, piece in enumerate(regroup(texts, PIECE)):
-        yield _int32(encode(piece, index > 0))
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from exl_runtime.errors import ConvertError
-
-from .store import naming, sync_folder
+from exl_runtime.files import naming, sync_folder
 
 ITEM = 4
 

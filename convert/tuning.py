@@ -5,11 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from exl_runtime.console.progress import Progress
+from exl_runtime.files import read_json, write_json
+
 from .calibration import Calibration
 from .encoding import load_layer, stored_tensors
-from .progress import Progress
 from .source import Source
-from .store import read_json, write_json, write_tensors
+from .store import write_tensors
 from .tune import STEPS, fits, tune
 from .workspace import Workspace
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from exl_runtime.errors import ConvertError, ExlError
+from exl_runtime.errors import ConvertError, ExlError, StorageError
+from exl_runtime.files import PARTIAL, naming, read_json, remove_partials, write_json
 
 from .options import JOB_FILE, JobOptions, differences, from_json, to_json
 from .states import States
-from .store import PARTIAL, naming, read_json, remove_partials, write_json
 
 LOCK = ".lock"
 VERSION = 1
@@ -222,7 +222,7 @@ def _job(path: Path) -> dict[str, Any]:
     again = f"use another --work, or remove {path.parent} to start anew"
     try:
         found = read_json(path)
-    except ConvertError as err:
+    except StorageError as err:
         raise ConvertError(err.problem, hint=again) from err
     if found.get("version") != VERSION:
         raise ConvertError(f"{path}: the job was started by another version of this program", hint=again)

@@ -74,5 +74,17 @@ class SessionError(ExlError):
     """A saved chat session cannot be read or written."""
 
 
+class DataError(ExlError):
+    """A file of text or of tasks cannot be used: missing, damaged, too short."""
+
+
+class StorageError(ExlError):
+    """A file of results or checkpoints cannot be written, or not be read back."""
+
+
+class EvalError(ExlError):
+    """An evaluation cannot start or go on."""
+
+
 class ConvertError(ExlError):
     """A conversion job cannot start or go on."""

@@ -17,6 +17,9 @@ WALL = 400
 LAW: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
+    "console": {"errors"},
+    "files": {"config", "errors"},
+    "texts": {"config", "tokenizer", "errors"},
     "config": {"errors"},
     "checkpoint": {"config", "memory", "errors"},
     "formats": {"errors"},
@@ -38,11 +41,14 @@ LAW: dict[str, set[str]] = {
         "ops",
         "errors",
     },
-    "chat": {"runtime", "generation", "cache", "sampling", "tokenizer", "model", "errors"},
-    "cli": {"runtime", "chat", "generation", "cache", "sampling", "tokenizer", "model", "ops", "errors"},
+    "chat": {"console", "runtime", "generation", "cache", "sampling", "tokenizer", "model", "errors"},
+    "cli": {"console", "runtime", "chat", "generation", "cache", "sampling", "tokenizer", "model", "ops", "errors"},
     "ext": {"errors"},
-    "convert": {"config", "checkpoint", "formats", "ops", "model", "tokenizer", "errors"},
+    "convert": {"console", "files", "texts", "config", "checkpoint", "formats", "ops", "model", "tokenizer", "errors"},
     "eval": {
+        "console",
+        "files",
+        "texts",
         "runtime",
         "generation",
         "sampling",
@@ -57,8 +63,8 @@ LAW: dict[str, set[str]] = {
     },
 }
 LATE = {"runtime": {"chat"}}  # allowed inside a function only: rt.chat() hands out what lies above it
-TORCH_FREE = {"errors", "config", "tokenizer", "cli"}  # at import time
-FAMILIES = re.compile(r"\b(llama(?!3\b)|gemma|qwen|mistral|mixtral|phi-?3)", re.IGNORECASE)
+TORCH_FREE = {"errors", "config", "console", "files", "texts", "tokenizer", "cli"}  # at import time
+FAMILIES = re.compile(r"\b(llama(?!3\b|[-_.]?cpp)|gemma|qwen|mistral|mixtral|phi-?3)", re.IGNORECASE)
 
 
 def tracked(*suffixes: str) -> list[Path]:

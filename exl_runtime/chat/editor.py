@@ -18,9 +18,9 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output.color_depth import ColorDepth
 
+from ..console.terminal import Terminal, state_dir, user_text
 from .commands import COMMANDS
 from .settings import setting_names
-from .terminal import Terminal, state_dir, user_text
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", "… "

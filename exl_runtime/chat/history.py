@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..console.terminal import clean_line
 from ..errors import SessionError
-from .terminal import clean_line
 from .turn import ROLES, ReplyMeta, Turn
 
 FORMAT = "exl-runtime chat"

@@ -15,7 +15,7 @@ from rich.markdown import Heading, Markdown, MarkdownElement
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from .terminal import clean
+from ..console.terminal import clean
 
 
 class _LeftHeading(Heading):

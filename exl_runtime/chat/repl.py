@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
+from ..console.terminal import user_text
 from ..errors import ExlError
 from ..generation.request import Result
 from ..generation.stream import Dropped, Finished, Text
@@ -18,7 +19,6 @@ from .editor import Editor
 from .interrupts import quiet_keyboard
 from .screen import Screen
 from .session import ChatSession
-from .terminal import user_text
 
 
 def greet(session: ChatSession, screen: Screen) -> None:

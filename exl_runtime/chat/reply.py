@@ -11,10 +11,10 @@ from typing import Protocol, TextIO
 
 from rich.console import Console
 
+from ..console.terminal import clean
 from .blocks import BlockSplitter
 from .live import LiveRegion
 from .markdown import render_lines
-from .terminal import clean
 
 FRAME_SECONDS = 0.04
 KEPT_CODE_LINES = 4  # complete lines of a long code block that stay live

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
+from ..console.terminal import Terminal, clean, clean_message, visible
 from .reply import PlainReply, Reply, StyledReply
-from .terminal import Terminal, clean, clean_message, visible
 
 THEME = Theme(
     {

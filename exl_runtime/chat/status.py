@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from ..console.terminal import clean_line
 from ..generation.request import Result
-from .terminal import clean_line
 from .turn import Turn
 
 if TYPE_CHECKING:

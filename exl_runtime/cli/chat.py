@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..chat.settings import DEFAULT_MAX_TOKENS, ReplySettings
-from ..chat.terminal import Terminal, user_text
+from ..console.terminal import Terminal, user_text
 from .options import (
     add_loading,
     add_model,

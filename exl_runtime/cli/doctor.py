@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..chat.terminal import clean_line
+from ..console.terminal import clean_line
 from .options import add_output
 
 HELP = "what is there, what is missing, what to do; builds or clears the native kernels"

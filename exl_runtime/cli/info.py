@@ -49,7 +49,7 @@ def show(summary: "ModelSummary") -> None:
     from rich.text import Text
 
     from ..chat.status import size
-    from ..chat.terminal import clean_line
+    from ..console.terminal import clean_line
 
     console = Console(highlight=False, markup=False, emoji=False)
 

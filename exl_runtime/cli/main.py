@@ -16,21 +16,20 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from ..chat.terminal import clean_line, clean_message, tolerant_streams
+from ..console.program import BUG, INTERRUPTED, NO_READER, USER_ERROR, StrictParser, silence_stdout
+from ..console.terminal import clean_line, clean_message, tolerant_streams
 from ..errors import ExlError
 from . import chat, doctor, forward, info, run
-from .options import Parser
 
 COMMANDS = {"chat": chat, "run": run, "info": info, "doctor": doctor}
 DESCRIPTION = "Local chat with EXL2, GPTQ and plain safetensors models, on a GPU or on a plain CPU."
 EPILOG = "exl chat                     talk to the bundled toy model\nexl chat path/to/model       talk to a real one"
 OUTPUT_LOST = (errno.EBADF, errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)  # closed, full, gone
-BUG, USER_ERROR, INTERRUPTED, NO_READER = 1, 2, 130, 141
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = Parser(
+    parser = StrictParser(
         prog="exl", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"exl-runtime {__version__}")
@@ -79,7 +78,7 @@ def guarded(program: Callable[..., int], *arguments: object) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _silence_stdout()
+        silence_stdout()
         return NO_READER
     except RecursionError as err:
         return _bug(err)
@@ -89,7 +88,7 @@ def guarded(program: Callable[..., int], *arguments: object) -> int:
         if _debugging():
             traceback.print_exc()
         if err.filename is None and err.errno in OUTPUT_LOST:
-            _silence_stdout()
+            silence_stdout()
             return _fail(f"the output could not be written: {err.strerror}", USER_ERROR)
         where = f": {clean_line(str(err.filename))}" if err.filename is not None else ""
         return _fail(f"{err.strerror or err}{where}", USER_ERROR)
@@ -129,12 +128,6 @@ def _debugging() -> bool:
     return bool(os.environ.get("EXL_DEBUG")) or any(
         argument == "--verbose" or (argument[:2] == "-v" and set(argument[1:]) == {"v"}) for argument in sys.argv[1:]
     )
-
-
-def _silence_stdout() -> None:
-    """Nobody reads any more: keep the interpreter from complaining when it flushes at exit."""
-    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class _SafeFormatter(logging.Formatter):

@@ -3,11 +3,10 @@
 import argparse
 import gc
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ..chat.settings import parse
-from ..chat.terminal import clean_message, user_text
-from ..errors import UsageError
+from ..console.terminal import clean_message, user_text
 from ..sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -16,18 +15,6 @@ if TYPE_CHECKING:
 OVERFLOWS = ("error", "drop", "window")
 NOT_HERE = ("logprobs",)  # sampling parameters that are not about choosing; commands decide on them
 SHORT = {"temperature": ("-t",), "seed": ("-s",)}
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors as everywhere in the program: one short message, exit code 2."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        options.setdefault("allow_abbrev", False)
-        super().__init__(*arguments, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing: `main.entry` prints."""
-        raise UsageError(message, hint=f"{self.prog} --help shows what it takes")
 
 
 def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

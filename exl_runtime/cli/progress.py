@@ -6,7 +6,7 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from ..chat.terminal import clean_line
+from ..console.terminal import clean_line
 
 PATIENCE = 0.7  # seconds before the first sign of life: most starts are shorter
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..chat.status import DEMO_LINE, status_line
-from ..chat.terminal import clean, user_text
+from ..console.terminal import clean, user_text
 from ..errors import ExlError, UsageError
 from .options import (
     add_loading,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..cache.pages import PageTable
@@ -20,7 +21,7 @@ from ..errors import PromptTooLong, UsageError
 from .engine import Engine
 from .intake import Intake, MakeSampler
 from .request import Request, Result
-from .runner import Model, Runner
+from .runner import Model, Runner, Visit
 from .scheduler import MAX_RUNNING, PREFILL_TOKENS, Scheduler
 from .sequence import Sequence
 from .stream import Event, Failed, Finished
@@ -166,6 +167,12 @@ class Generator:
 
         Raises PromptTooLong, or CacheFull while running requests leave too few pages.
         """
+        parts: list[Tensor] = []
+        self.each_logits(tokens, lambda position, rows: parts.append(rows))
+        return torch.cat(parts).clone()  # made outside of inference mode: an ordinary tensor
+
+    def each_logits(self, tokens: Many[int], visit: Visit, *, first: int = 0) -> None:
+        """The same in parts, so that a long text needs little memory: see `Runner.each_logits`. Raises as `logits`."""
         if not 0 < len(tokens) <= self.context:
             raise PromptTooLong(
                 f"{len(tokens)} tokens were given, the context holds 1 to {self.context}",
@@ -179,10 +186,9 @@ class Generator:
                     pages.append(self.table.take())
                 rope_length = self.model.spec.rope_length(len(tokens))
                 chunk = self._scheduler.prefill_tokens
-                rows = self._runner.all_logits(list(tokens), pages, rope_length, chunk=chunk)
+                self._runner.each_logits(list(tokens), pages, rope_length, visit, first=first, chunk=chunk)
             finally:
                 self.table.release(pages)
-        return rows.clone()  # made outside of inference mode: an ordinary tensor
 
     def forget(self) -> None:
         """Empty the prefix cache of all that no running request uses."""

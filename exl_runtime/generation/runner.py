@@ -6,6 +6,7 @@ sequences at fault are lost: running a chunk twice writes the same keys and valu
 
 import logging
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Protocol, TypeAlias
 
@@ -21,6 +22,7 @@ from .scheduler import Chunk
 
 log = logging.getLogger(__name__)
 
+Visit: TypeAlias = Callable[[int, Tensor], None]
 Outcome: TypeAlias = Draw | Exception | None  # None: computed, and no token was wanted yet
 
 
@@ -67,14 +69,20 @@ class Runner:
         return outcomes
 
     @torch.inference_mode()
-    def all_logits(self, tokens: Many[int], pages: Many[int], rope_length: int, *, chunk: int) -> Tensor:
-        """float32 (len(tokens), vocab) on the CPU: the logits after every token, computed `chunk` at a time."""
-        parts = []
+    def each_logits(
+        self, tokens: Many[int], pages: Many[int], rope_length: int, visit: Visit, *, first: int, chunk: int
+    ) -> None:
+        """`visit(position, logits)` for the logits after token `first` and all behind it, at most `chunk` at a time.
+
+        logits: float32 (n, vocab) on the CPU, after the tokens position ... position + n - 1; valid during the call.
+        """
         for start in range(0, len(tokens), chunk):
             stop = min(start + chunk, len(tokens))
-            batch = self._describe([(tokens, pages, start, stop)], range(stop - start), (rope_length,), None)
-            parts.append(self.model.forward(batch, self.kv).cpu())
-        return torch.cat(parts)
+            wanted = range(max(0, first - start), stop - start)
+            batch = self._describe([(tokens, pages, start, stop)], wanted, (rope_length,), None)
+            rows = self.model.forward(batch, self.kv)
+            if len(wanted):
+                visit(start + wanted.start, rows.cpu())
 
     def _batch(self, chunks: Many[Chunk]) -> ForwardBatch:
         parts = [(c.sequence.tokens, c.sequence.pages, c.start, c.stop) for c in chunks]

@@ -57,6 +57,15 @@ def resolve_cache_dtype(requested: str, device: torch.device) -> torch.dtype:
     return CACHE_DTYPES[requested]
 
 
+def resolve_dtype(requested: str) -> torch.dtype | None:
+    """Element type of activations: "fp32" | "fp16" | "bf16"; None for "auto". Raises UsageError."""
+    if requested == "auto":
+        return None
+    if requested not in CACHE_DTYPES:
+        raise UsageError(f"unknown element type {requested!r}", hint="use auto, fp32, fp16 or bf16")
+    return CACHE_DTYPES[requested]
+
+
 def cache_name(dtype: torch.dtype) -> str:
     """The name users know a cache dtype by."""
     return next(name for name, known in CACHE_DTYPES.items() if known == dtype)

@@ -13,7 +13,15 @@ from ..config.resolve import resolve
 from ..config.spec import ModelSpec
 from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
 from ..model.loader import load_transformer
-from ..model.placement import auto_context, cache_name, cache_pages, geometry_of, resolve_cache_dtype, resolve_device
+from ..model.placement import (
+    auto_context,
+    cache_name,
+    cache_pages,
+    geometry_of,
+    resolve_cache_dtype,
+    resolve_device,
+    resolve_dtype,
+)
 from ..model.summary import stored_weights
 from ..ops import native
 from ..tokenizer.files import read_text
@@ -33,6 +41,7 @@ def load(
     backend: str = "auto",
     context: int | str = "auto",
     cache: str = "auto",
+    dtype: str = "auto",
     threads: int | None = None,
     template: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
@@ -44,6 +53,7 @@ def load(
     backend   "auto" | "cpu" | "cuda" | "reference": whose kernels run
     context   tokens of the longest conversation; "auto": the model's own, or what fits the free memory
     cache     element type of keys and values: "auto" | "fp32" | "fp16" | "bf16"
+    dtype     element type of what goes into the matrices: "auto" (fp32 on the CPU, fp16 elsewhere) or one of those
     threads   CPU threads; None: one per physical core
     template  a Jinja file to use instead of the model's own chat template
     progress  called with one line of text now and then (building kernels, loading layers)
@@ -54,7 +64,7 @@ def load(
     folder = find(model)
     report = progress or (lambda text: None)
     where = resolve_device(device)
-    dtype = resolve_cache_dtype(cache, where)
+    kv_dtype = resolve_cache_dtype(cache, where)
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     # Small things first: a broken tokenizer or template is known before gigabytes are read.
@@ -70,11 +80,12 @@ def load(
             quantization=files.quantization,
             device=where,
             backend=kernels,
+            dtype=resolve_dtype(dtype),
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
         stored = stored_weights(checkpoint, spec)
-    length = auto_context(spec, dtype=dtype, device=where) if wanted is None else wanted
-    kv = KVStorage(geometry_of(spec, dtype), cache_pages(spec, length, dtype=dtype, device=where), where)
+    length = auto_context(spec, dtype=kv_dtype, device=where) if wanted is None else wanted
+    kv = KVStorage(geometry_of(spec, kv_dtype), cache_pages(spec, length, dtype=kv_dtype, device=where), where)
     info = RuntimeInfo(
         name="demo" if folder == DEMO_FOLDER else folder.name,
         path=str(folder),
@@ -82,7 +93,7 @@ def load(
         format=stored.format,
         bits_per_weight=stored.bits_per_weight,
         context=length,
-        cache=cache_name(dtype),
+        cache=cache_name(kv_dtype),
         backend=kernels,
         device=str(where),
         weight_bytes=transformer.nbytes,

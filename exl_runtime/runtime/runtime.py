@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +157,16 @@ class Runtime:
 
         Raises PromptTooLong when `ids` do not fit the context, UsageError for ids the model does not have.
         """
-        checked = self._preparer.prepare(list(ids), max_tokens=None, overflow="error").ids
-        return self._engine().logits(checked)
+        return self._engine().logits(self._checked(ids))
+
+    def each_logits(self, ids: Sequence[int], visit: Callable[[int, Tensor], None], *, first: int = 0) -> None:
+        """What `logits` gives, in parts and in order: `visit(position, rows)`.
+
+        rows    float32 (n, vocab) on the CPU, after the tokens position ... position + n - 1; valid during the call
+        first   position of the first row wanted; those before it cost no pass through the head
+        `visit` must not call this runtime. Raises as `logits`, and whatever `visit` raises.
+        """
+        self._engine().each_logits(self._checked(ids), visit, first=first)
 
     # --- conversations ----------------------------------------------------------------------------------------
 
@@ -211,6 +219,9 @@ class Runtime:
         if self._generator is None:
             raise UsageError("this runtime is closed", hint="load the model again")
         return self._generator
+
+    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return self._preparer.prepare(list(ids), max_tokens=None, overflow="error").ids
 
     def _request(
         self,

@@ -14,7 +14,7 @@ from exl_runtime.chat import status
 from exl_runtime.chat.editor import CommandCompleter, LineEditor, assembled, unfinished
 from exl_runtime.chat.interrupts import gentle_interrupt
 from exl_runtime.chat.screen import PlainScreen
-from exl_runtime.chat.terminal import Terminal, clean, clean_line, clean_message, state_dir, user_text
+from exl_runtime.console.terminal import Terminal, clean, clean_line, clean_message, state_dir, user_text
 from exl_runtime.generation.request import Result
 
 

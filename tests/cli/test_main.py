@@ -14,6 +14,7 @@ from fake_runtime import FakeRuntime, Info
 
 from exl_runtime import cli
 from exl_runtime.cli import chat, doctor, info, main, options, run
+from exl_runtime.console.program import StrictParser
 from exl_runtime.errors import CheckpointError, PromptTooLong
 from exl_runtime.sampling.params import SamplingParams
 
@@ -96,7 +97,7 @@ def test_wrong_arguments_are_one_short_message(
 
 
 def test_every_sampling_parameter_has_an_option() -> None:
-    parser = options.Parser(prog="x")
+    parser = StrictParser(prog="x")
     options.add_sampling(parser)
     arguments: list[str] = []
     samples = {

@@ -9,7 +9,7 @@ import pytest
 
 from convert.batch import read_batch, run_batch
 from convert.options import JobOptions
-from convert.progress import JsonReporter, QuietReporter
+from exl_runtime.console.progress import JsonReporter, QuietReporter
 from exl_runtime.errors import ConvertError, UsageError
 
 

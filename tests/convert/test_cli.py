@@ -23,6 +23,7 @@ from convert.options import JobOptions, to_json
 from convert.report import Divergence
 from exl_runtime.cli.main import guarded
 from exl_runtime.cli.main import main as exl
+from exl_runtime.console.progress import printable_lines
 from exl_runtime.errors import ConvertError, UsageError
 
 
@@ -333,7 +334,7 @@ def test_errors_become_messages_and_codes(
     assert cli.main([*LINE, "--json"]) == code
     out, err = capsys.readouterr()
     last = json.loads(out.splitlines()[-1])
-    assert last["event"] == "error" and err == f"convert: {cli.printable_lines(last['message'])}\n"
+    assert last["event"] == "error" and err == f"convert: {printable_lines(last['message'])}\n"
 
 
 def test_sigterm_is_an_interrupt(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ from convert.forward import LayerForward, embed, logits
 from convert.measuring import load, measure, measuring_rows
 from convert.source import Source
 from convert.states import States
-from convert.store import read_json, read_tensor, write_json
+from convert.store import read_tensor
 from convert.workspace import Workspace, open_workspace
 from exl_runtime.errors import ConvertError, NonFiniteError
+from exl_runtime.files import read_json, write_json
 
 ROWS = torch.randint(3, 70, (8, 16), generator=torch.Generator().manual_seed(1))
 

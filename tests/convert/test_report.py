@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from convert.report import Divergence, MatrixReport, Report, from_json, to_html, to_json, to_markdown, write_report
-from convert.store import read_json
 from exl_runtime.errors import ConvertError
+from exl_runtime.files import read_json
 
 MATRICES = (
     MatrixReport(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from converting import Disk, convert, in_a_hurry, options, small_model
 
-from convert import resources, store
+from convert import resources
 from convert.resources import chunk_rows, measured_rows, memory_needed, require_disk, require_memory, widest
 from convert.source import Source
-from exl_runtime.errors import ConvertError, OutOfMemory
+from exl_runtime import files
+from exl_runtime.errors import OutOfMemory, StorageError
 
 GIB = 2**30
 Usage = namedtuple("Usage", "total used free")
@@ -46,7 +47,7 @@ class Disks:
         self.free = {self.work: 2**60, self.out: 2**60}
         self.same = False
         monkeypatch.setattr(resources, "_device", lambda folder: 0 if self.same else hash(folder))
-        monkeypatch.setattr(store.shutil, "disk_usage", lambda folder: Usage(0, 0, self.free[Path(folder)]))
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Usage(0, 0, self.free[Path(folder)]))
         for folder in self.free:
             folder.mkdir()
 
@@ -68,7 +69,7 @@ class Disks:
                         head_bits=6,
                     )
                     high = self.free[folder]
-                except ConvertError:
+                except StorageError:
                     low = self.free[folder]
             self.free[folder] = 2**60
             found[folder.name] = high
@@ -96,7 +97,7 @@ def test_disk(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_too_small_a_disk_is_one_line(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disks = Disks(monkeypatch, source, tmp_path)
     disks.free[disks.work] = 10
-    with pytest.raises(ConvertError, match="the work folder needs") as caught:
+    with pytest.raises(StorageError, match="the work folder needs") as caught:
         require_disk(source, disks.work, disks.out, 16, 64, target=5.0, head_bits=6)
     assert "\n" not in caught.value.problem and "free" in caught.value.hint
 

@@ -28,7 +28,7 @@ from converting import (
 from convert import workspace
 from convert.job import resume
 from convert.options import to_json
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import StorageError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,7 +136,7 @@ def test_a_full_disk_at_any_stage(kinds: tuple[str, ...], dense: Recorded) -> No
         before = files_under(dense.work)
         with full(kinds):
             error = refused(dense.job)
-        assert isinstance(error, ConvertError) and "the disk is full" in error.problem
+        assert isinstance(error, StorageError) and "the disk is full" in error.problem
         assert str(dense.root) in error.problem and "same command" in error.hint
         if before.keys() <= {"out.work/job.json"}:  # nothing was done yet, so nothing stays
             assert os.listdir(dense.root) == []

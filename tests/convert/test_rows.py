@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from convert import rows as rows_module
-from convert.documents import PIECE
 from convert.rows import random_rows, rows_from_files, token_stream
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import ConvertError, DataError
+from exl_runtime.texts import tokens
+from exl_runtime.texts.documents import PIECE
 from exl_runtime.tokenizer.tokenizer import Tokenizer
 
 BOS = 7
@@ -210,7 +211,7 @@ def test_senseless_arguments(tmp_path: Path) -> None:
 def test_broken_files_are_named(tmp_path: Path) -> None:
     good, bad = files(tmp_path, 60_000, 10)
     bad.write_bytes(b"abc\xff")
-    with pytest.raises(ConvertError, match=r"1\.txt: not UTF-8 text at byte 3"):
+    with pytest.raises(DataError, match=r"1\.txt: not UTF-8 text at byte 3"):
         rows_from_files([good, bad], Letters(), rows=1, length=10, bos_id=None)
 
 
@@ -260,7 +261,7 @@ PARAGRAPHS = "".join(
 
 
 def chunks_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(rows_module, "PIECE", size)
+    monkeypatch.setattr(tokens, "PIECE", size)
 
 
 def test_tokens_are_those_of_the_whole_text(ember: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

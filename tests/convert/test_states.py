@@ -10,7 +10,7 @@ import torch
 from oracles import same_bits
 
 from convert.states import States
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import ConvertError, StorageError
 
 SHAPE = (5, 3, 4)
 
@@ -148,7 +148,7 @@ def test_no_room_when_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Said before any work is done; nothing is left open, nothing is left behind."""
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
     before = open_files()
-    with pytest.raises(ConvertError, match=r"states\.f32: .*the disk is full") as caught:
+    with pytest.raises(StorageError, match=r"states\.f32: .*the disk is full") as caught:
         States(SHAPE, tmp_path / "states.f32")
     assert "\n  hint: free some space" in str(caught.value)
     assert open_files() == before and not list(tmp_path.iterdir())
@@ -164,9 +164,9 @@ def test_systems_that_reserve_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match=r"gone/states\.f32: .*its folder is gone"):
+    with pytest.raises(StorageError, match=r"gone/states\.f32: .*its folder is gone"):
         States(SHAPE, tmp_path / "gone" / "states.f32")
-    with pytest.raises(ConvertError, match=r"states\.f32"):
+    with pytest.raises(StorageError, match=r"states\.f32"):
         States(SHAPE, tmp_path / "states.f32", existing=True)
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +192,7 @@ def test_the_disk_fails_later(
         states.read(0, 5)
         states.commit(tmp_path / "final.f32")
 
-    with pytest.raises(ConvertError, match=words) as caught:
+    with pytest.raises(StorageError, match=words) as caught:
         use()
     assert ".f32" in str(caught.value)
     states.close()

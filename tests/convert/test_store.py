@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from convert import store
 from convert.store import Planned
-from exl_runtime.errors import ConvertError
+from exl_runtime import files
+from exl_runtime.errors import StorageError
 
 OLD = b"what was here before"
 
@@ -45,11 +46,11 @@ def small_files() -> Iterator[int]:
 def test_bytes_and_json_replace_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     path.write_bytes(OLD)
-    store.write_bytes(path, b"new")
+    files.write_bytes(path, b"new")
     assert path.read_bytes() == b"new"
     value = {"layers": [1, 2.5, None, True], "name": 'ü\n" \ud800', "more": {}}
-    store.write_json(path, value)
-    assert json.loads(path.read_text()) == value == store.read_json(path)
+    files.write_json(path, value)
+    assert json.loads(path.read_text()) == value == files.read_json(path)
     assert names(tmp_path) == ["job.json"]
 
 
@@ -57,7 +58,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     path.write_bytes(OLD)
     with pytest.raises(ValueError):
-        store.write_json(path, {"error": float("nan")})
+        files.write_json(path, {"error": float("nan")})
     assert path.read_bytes() == OLD
 
 
@@ -184,8 +185,8 @@ def test_refusals_leave_the_old_file_and_nothing_else(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, call, refuse)
-        with pytest.raises(ConvertError) as caught:
+        patch.setattr(files.os, call, refuse)
+        with pytest.raises(StorageError) as caught:
             store.write_tensors(path, {"a": torch.ones(100)})
     assert str(path) in caught.value.problem and words in caught.value.problem
     assert "\n" not in caught.value.problem and caught.value.hint
@@ -196,7 +197,7 @@ def test_refusals_leave_the_old_file_and_nothing_else(
 def test_a_file_that_may_not_grow(small_files: int, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(OLD)
-    with pytest.raises(ConvertError, match="larger than"):
+    with pytest.raises(StorageError, match="larger than"):
         store.write_tensors(path, {"a": torch.ones(2 * small_files)})
     assert path.read_bytes() == OLD and names(tmp_path) == ["x.safetensors"]
 
@@ -205,7 +206,7 @@ def test_a_short_write_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytes
     real = os.write
     tensor = torch.arange(1000)
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "write", lambda descriptor, data: real(descriptor, data[:777]))
+        patch.setattr(files.os, "write", lambda descriptor, data: real(descriptor, data[:777]))
         store.write_tensors(tmp_path / "x", {"a": tensor})
     assert torch.equal(load_file(tmp_path / "x")["a"], tensor)
 
@@ -225,11 +226,11 @@ def test_what_the_tensors_raise_passes_through(stop: type[BaseException], tmp_pa
 
 
 def test_vanished_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="folder is gone"):
-        store.write_bytes(tmp_path / "gone" / "x", b"1")
+    with pytest.raises(StorageError, match="folder is gone"):
+        files.write_bytes(tmp_path / "gone" / "x", b"1")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ConvertError, match="folder is gone"):
-        store.write_bytes(tmp_path / "file" / "x", b"1")
+    with pytest.raises(StorageError, match="folder is gone"):
+        files.write_bytes(tmp_path / "file" / "x", b"1")
 
 
 def test_folder_that_vanishes_in_between(tmp_path: Path) -> None:
@@ -241,22 +242,22 @@ def test_folder_that_vanishes_in_between(tmp_path: Path) -> None:
         folder.rename(tmp_path / "elsewhere")
         yield b"2"
 
-    with pytest.raises(ConvertError, match="folder is gone"):
-        store.write_pieces(folder / "x", pieces())
+    with pytest.raises(StorageError, match="folder is gone"):
+        files.write_pieces(folder / "x", pieces())
 
 
 def test_never_through_a_link_left_under_the_partial_name(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(OLD)
     (tmp_path / "x.partial").symlink_to(tmp_path / "precious")
-    store.write_bytes(tmp_path / "x", b"new")
+    files.write_bytes(tmp_path / "x", b"new")
     assert (tmp_path / "precious").read_bytes() == OLD and (tmp_path / "x").read_bytes() == b"new"
     assert not (tmp_path / "x").is_symlink()
 
 
 def test_a_folder_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    with pytest.raises(ConvertError):
-        store.write_bytes(tmp_path / "x", b"1")
+    with pytest.raises(StorageError):
+        files.write_bytes(tmp_path / "x", b"1")
     assert names(tmp_path) == ["x"]
 
 
@@ -269,8 +270,8 @@ def test_disks_that_cannot_flush_folders(tmp_path: Path, monkeypatch: pytest.Mon
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", fsync)
-        store.write_bytes(tmp_path / "x", b"1")
+        patch.setattr(files.os, "fsync", fsync)
+        files.write_bytes(tmp_path / "x", b"1")
     assert (tmp_path / "x").read_bytes() == b"1"
 
 
@@ -289,9 +290,9 @@ def test_data_and_names_are_flushed_before_and_after_the_rename(
         rename(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", fsync)
-        patch.setattr(store.os, "replace", replace)
-        store.write_bytes(tmp_path / "x", b"1")
+        patch.setattr(files.os, "fsync", fsync)
+        patch.setattr(files.os, "replace", replace)
+        files.write_bytes(tmp_path / "x", b"1")
     assert calls == ["file", "rename", "folder"]
 
 
@@ -300,20 +301,20 @@ def test_data_and_names_are_flushed_before_and_after_the_rename(
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    for read in (store.read_json, store.read_tensors):
-        with pytest.raises(ConvertError, match=str(path)):
+    for read in (files.read_json, store.read_tensors):
+        with pytest.raises(StorageError, match=str(path)):
             read(path)
         for damage in (b"", b"{", b'{"a": NaN}', b"[1]", b"\xff" * 40):
             path.write_bytes(damage)
-            with pytest.raises(ConvertError, match=str(path)):
+            with pytest.raises(StorageError, match=str(path)):
                 read(path)
         path.unlink()
     store.write_tensors(path, {"a": torch.ones(10)})
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConvertError, match="truncated"):
+    with pytest.raises(StorageError, match="truncated"):
         store.read_tensors(path)
     store.write_tensors(path, {"a": torch.ones(10)})
-    with pytest.raises(ConvertError, match="tensor b"):
+    with pytest.raises(StorageError, match="tensor b"):
         store.read_tensor(path, "b")
 
 
@@ -322,16 +323,16 @@ def test_remove_partials(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "link.partial").symlink_to(tmp_path / "keep")
     (tmp_path / "folder.partial").mkdir()
-    store.remove_partials(tmp_path)
+    files.remove_partials(tmp_path)
     assert names(tmp_path) == ["folder.partial", "keep", "keep.partial.json", "partial"]
-    with pytest.raises(ConvertError, match="gone"):
-        store.remove_partials(tmp_path / "gone")
+    with pytest.raises(StorageError, match="gone"):
+        files.remove_partials(tmp_path / "gone")
 
 
 def test_require_space(tmp_path: Path) -> None:
-    store.require_space(tmp_path / "not" / "yet", 1, "a byte")
-    with pytest.raises(ConvertError) as caught:
-        store.require_space(tmp_path / "not" / "yet", 2**70, "the finished model")
+    files.require_space(tmp_path / "not" / "yet", 1, "a byte")
+    with pytest.raises(StorageError) as caught:
+        files.require_space(tmp_path / "not" / "yet", 2**70, "the finished model")
     assert "the finished model needs 1099511627776.00 GiB" in caught.value.problem
     assert str(tmp_path / "not" / "yet") in caught.value.problem
     assert not (tmp_path / "not").exists()

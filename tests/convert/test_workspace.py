@@ -10,9 +10,9 @@ import torch
 
 from convert import workspace
 from convert.options import JobOptions, validated
-from convert.store import write_json
 from convert.workspace import Workspace, open_workspace
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import ConvertError, StorageError
+from exl_runtime.files import write_json
 
 MEMORY = 1 << 20
 
@@ -95,7 +95,7 @@ def test_strangers(tmp_path: Path, job: JobOptions) -> None:
     with enter(tmp_path, job):
         assert (work / "job.json").exists()
     (tmp_path / "file").write_text("1")
-    with pytest.raises(ConvertError, match="file"), open_workspace(tmp_path / "file", job, "model", MEMORY):
+    with pytest.raises(StorageError, match="file"), open_workspace(tmp_path / "file", job, "model", MEMORY):
         pass
 
 

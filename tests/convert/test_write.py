@@ -18,7 +18,7 @@ from convert.store import Planned
 from convert.write import copied_files, plan_shards, prepare_target, publish, quantization_config, write_folder
 from exl_runtime.checkpoint import Checkpoint
 from exl_runtime.config import load_config
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import ConvertError, StorageError
 
 QUANTIZATION = quantization_config(version="0.1.0", bits=4, head_bits=6, rows=100, length=2048, dataset="text.txt")
 
@@ -181,7 +181,7 @@ def test_no_config_while_tensors_are_missing(tmp_path: Path) -> None:
 def test_too_small_a_disk_is_noticed_before_writing(tmp_path: Path) -> None:
     source = source_folder(tmp_path / "source", "tokenizer.json")
     plan = [Planned(name="x", dtype=torch.uint8, shape=(2**60,), make=lambda: torch.zeros(0))]
-    with pytest.raises(ConvertError, match="the finished model needs"):
+    with pytest.raises(StorageError, match="the finished model needs"):
         save(tmp_path / "out", source, plan)
     assert names(tmp_path / "out") == []
 
@@ -314,7 +314,7 @@ def test_prepare_keeps_what_an_earlier_run_left(tmp_path: Path) -> None:
 
 def refuse_target(tmp_path: Path, target: Path, words: str) -> None:
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConvertError) as caught:
+    with pytest.raises((ConvertError, StorageError)) as caught:
         prepare_target(target, tmp_path / "source")
     assert words in caught.value.problem and "\n" not in caught.value.problem and caught.value.hint
     assert sorted(tmp_path.rglob("*")) == before
@@ -356,7 +356,7 @@ def test_target_that_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
-        with pytest.raises(ConvertError, match=words) as caught:
+        with pytest.raises(StorageError, match=words) as caught:
             prepare_target(tmp_path / "out", source)
     assert str(tmp_path / "out.partial") in str(caught.value)
 

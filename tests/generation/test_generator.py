@@ -144,6 +144,19 @@ def test_logits_of_a_text() -> None:
         rig.generator.logits(range(65))
 
 
+@pytest.mark.parametrize("first", [0, 3, 5, 11, 12])
+def test_logits_in_parts(first: int) -> None:
+    rig = Rig(prefill_tokens=5)
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]
+    seen: list[tuple[int, torch.Tensor]] = []
+    rig.generator.each_logits(tokens, lambda position, rows: seen.append((position, rows.clone())), first=first)
+    assert [position for position, _ in seen] == [max(first, start) for start in (0, 5, 10) if start + 5 > first]
+    assert torch.equal(torch.cat([rows for _, rows in seen]), rig.generator.logits(tokens)[first:])
+    with pytest.raises(ZeroDivisionError):
+        rig.generator.each_logits(tokens, lambda position, rows: 1 // 0)
+    rig.check()  # no page is lost
+
+
 def test_timings() -> None:
     rig = Rig()
 

@@ -50,6 +50,19 @@ def test_logits_equal_transformers(dense, judge) -> None:
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_activations_in_half_precision() -> None:
+    """Coarser types move the logits, by about as much as they are coarser."""
+    ids = list(range(40, 140))
+    logits = {}
+    for dtype in ("fp32", "fp16", "bf16"):
+        with exl.load("demo", context=256, dtype=dtype) as runtime:
+            logits[dtype] = runtime.logits(ids)
+    half, brain = ((logits[dtype] - logits["fp32"]).abs().max().item() for dtype in ("fp16", "bf16"))
+    assert 0 < 2 * half < brain < 0.2 * logits["fp32"].abs().max().item()
+    with pytest.raises(errors.UsageError, match="int8"):
+        exl.load("demo", dtype="int8")
+
+
 @pytest.mark.parametrize("text", ["Once upon a time", "The old man", "In the north of the country"])
 def test_greedy_text_equals_transformers(dense, judge, text) -> None:
     ids = dense.tokenizer.encode(text)

@@ -9,9 +9,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from exl_runtime.config.fields import shown
-from exl_runtime.errors import ConvertError
-
+from ..config.fields import shown
+from ..errors import DataError
 from .records import json_lines, json_texts, parquet_texts
 
 PIECE = 2**16  # characters of one piece of plain text
@@ -42,7 +41,7 @@ def read_documents(path: Path) -> Iterator[str]:
 
     Records are yielded one string each; all but the last end in a blank line.
 
-    Raises ConvertError, with the place in the file: at once for a file that is missing, empty, compressed, a pointer
+    Raises DataError, with the place in the file: at once for a file that is missing, empty, compressed, a pointer
     of Git LFS or no file at all, and from the iterator for what turns up on the way.
     """
     path = Path(path)
@@ -102,7 +101,7 @@ def _require_text_file(path: Path) -> None:
         # A pipe or device would block or never end.
         if not stat.S_ISREG(status.st_mode):
             folder = stat.S_ISDIR(status.st_mode)
-            raise ConvertError(
+            raise DataError(
                 f"{path}: {'a folder' if folder else 'not a regular file'}; a file of text is wanted",
                 hint="name the files in it" if folder else "write it to a file first",
             )
@@ -110,24 +109,22 @@ def _require_text_file(path: Path) -> None:
             head = file.read(64)
     except FileNotFoundError:
         gone = "a link to a file that does not exist" if path.is_symlink() else "no such file"
-        raise ConvertError(f"{path}: {gone}", hint="check the path") from None
+        raise DataError(f"{path}: {gone}", hint="check the path") from None
     except OSError as err:
         raise _unreadable(path, err) from err
     except ValueError as err:  # a null byte inside the path
-        raise ConvertError(f"{shown(str(path))}: not a path: {err}") from err
+        raise DataError(f"{shown(str(path))}: not a path: {err}") from err
     if not head:
-        raise ConvertError(f"{path}: the file is empty", hint="give a file with text in it")
+        raise DataError(f"{path}: the file is empty", hint="give a file with text in it")
     if head.startswith(_LFS):
-        raise ConvertError(
-            f"{path}: a Git LFS pointer, not the file itself", hint="run `git lfs pull` where it came from"
-        )
+        raise DataError(f"{path}: a Git LFS pointer, not the file itself", hint="run `git lfs pull` where it came from")
     for ending, magic in _COMPRESSED.items():
         if path.suffix.lower() == ending or head.startswith(magic):
-            raise ConvertError(f"{path}: compressed ({ending[1:]}); only plain files are read", hint="unpack it first")
+            raise DataError(f"{path}: compressed ({ending[1:]}); only plain files are read", hint="unpack it first")
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """The file as text, a byte order mark left out. Raises ConvertError with the offset of the first bad byte."""
+    """The file as text, a byte order mark left out. Raises DataError with the offset of the first bad byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
     with open(path, "rb") as file:
@@ -148,10 +145,10 @@ def _decoded(path: Path) -> Iterator[str]:
             start += len(chunk)
 
 
-def _not_text(path: Path, offset: int, reason: str) -> ConvertError:
+def _not_text(path: Path, offset: int, reason: str) -> DataError:
     with open(path, "rb") as file:
         wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return ConvertError(
+    return DataError(
         f"{path}: not UTF-8 text at byte {offset}: {reason}",
         hint="it begins like UTF-16: save it as UTF-8" if wide else "save it as UTF-8, or leave this file out",
     )
@@ -185,8 +182,8 @@ def _checked(texts: Iterator[str], path: Path) -> Iterator[str]:
     except OSError as err:
         raise _unreadable(path, err) from err
     if not found:
-        raise ConvertError(f"{path}: holds no text", hint="give a file with text in it")
+        raise DataError(f"{path}: holds no text", hint="give a file with text in it")
 
 
-def _unreadable(path: Path, err: OSError) -> ConvertError:
-    return ConvertError(f"{path}: cannot be read: {err.strerror or err}", hint="check its permissions")
+def _unreadable(path: Path, err: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {err.strerror or err}", hint="check its permissions")

@@ -10,9 +10,9 @@ import threading
 import pytest
 from rich.console import Console
 
-from convert import progress
-from convert.bars import BarReporter
-from convert.progress import (
+from exl_runtime.console import progress
+from exl_runtime.console.bars import BarReporter
+from exl_runtime.console.progress import (
     JsonReporter,
     Pace,
     PlainReporter,
@@ -55,11 +55,11 @@ def test_plain_lines_are_sparse(clock: Clock, capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "convert: Capture: 12 layers",
-        "convert: Capture: 3 of 12 layers in 0:12, about 0:36 left (q2)",
-        "convert: Capture: 6 of 12 layers in 0:24, about 0:24 left (q5)",
-        "convert: Capture: 9 of 12 layers in 0:36, about 0:12 left (q8)",
-        "convert: Capture: done, 12 layers in 0:48",
+        "exl: Capture: 12 layers",
+        "exl: Capture: 3 of 12 layers in 0:12, about 0:36 left (q2)",
+        "exl: Capture: 6 of 12 layers in 0:24, about 0:24 left (q5)",
+        "exl: Capture: 9 of 12 layers in 0:36, about 0:12 left (q8)",
+        "exl: Capture: done, 12 layers in 0:48",
     ]
 
 
@@ -75,7 +75,7 @@ def test_an_ended_stage_is_not_done(clock: Clock, capsys: pytest.CaptureFixture[
         assert "done" not in (err := capsys.readouterr().err) and "0 of 5" not in err
     with PlainReporter(clock).stage("Short", 5) as stage:
         stage.advance(2)
-    assert capsys.readouterr().err.endswith("convert: Short: done, 2 of 5 steps in 0:00\n")
+    assert capsys.readouterr().err.endswith("exl: Short: done, 2 of 5 steps in 0:00\n")
 
 
 def test_quiet_shows_warnings_and_the_result(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_quiet_shows_warnings_and_the_result(clock: Clock, capsys: pytest.Captur
     reporter.say("hello")
     reporter.warn("careful\x1b")
     reporter.result("made it", {})
-    assert capsys.readouterr() == ("made it\n", "convert: warning: careful\\x1b\n")
+    assert capsys.readouterr() == ("made it\n", "exl: warning: careful\\x1b\n")
     assert reporter.warned == ["careful\x1b"]
 
 
@@ -259,4 +259,4 @@ def test_a_lost_terminal_does_not_end_the_work(clock: Clock, monkeypatch: pytest
 
     monkeypatch.setattr(sys, "stderr", Gone())
     work(PlainReporter(clock), clock)
-    progress.write_error("x")
+    progress.write_error("exl", "x")

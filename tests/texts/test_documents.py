@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from convert import documents, records
-from convert.documents import PIECE, read_documents, regroup
-from exl_runtime.errors import ConvertError
+from exl_runtime.errors import DataError
+from exl_runtime.texts import documents, records
+from exl_runtime.texts.documents import PIECE, read_documents, regroup
 
 PARAGRAPH = "Ein Satz, 一句话, a sentence. " * 20
 LONG = "\n\n".join(f"{index}\n{PARAGRAPH}" for index in range(400))  # several pieces
@@ -74,7 +74,7 @@ def test_bad_bytes_are_named_by_offset(
     data: bytes, offset: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "_CHUNK", chunk)
-    with pytest.raises(ConvertError, match=rf"a\.txt: not UTF-8 text at byte {offset}: "):
+    with pytest.raises(DataError, match=rf"a\.txt: not UTF-8 text at byte {offset}: "):
         list(read_documents(put(tmp_path / "a.txt", data)))
 
 
@@ -192,7 +192,7 @@ def test_parquet_joins_all_columns_of_text(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = table(tmp_path / "a.parquet", text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConvertError, match=r"a\.parquet: reading parquet needs pyarrow: pip install pyarrow"):
+    with pytest.raises(DataError, match=r"a\.parquet: reading parquet needs pyarrow: pip install pyarrow"):
         list(read_documents(path))
 
 
@@ -273,7 +273,7 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
 
 
 def expect(path: Path, *words: str) -> None:
-    with pytest.raises(ConvertError) as caught:
+    with pytest.raises(DataError) as caught:
         list(read_documents(path))
     assert str(path) in caught.value.problem
     assert "\n" not in caught.value.problem
@@ -289,7 +289,7 @@ def test_refused_file(kind: str, tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match=r"nowhere\.txt: no such file"):
+    with pytest.raises(DataError, match=r"nowhere\.txt: no such file"):
         read_documents(tmp_path / "nowhere.txt")  # before anything is asked of the iterator
     (tmp_path / "link.txt").symlink_to(tmp_path / "gone")
     expect(tmp_path / "link.txt", "a link to a file that does not exist")
@@ -297,7 +297,7 @@ def test_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     expect(tmp_path / "pipe.txt", "not a regular file")
     expect(Path(os.devnull), "not a regular file")
-    with pytest.raises(ConvertError, match="not a path"):
+    with pytest.raises(DataError, match="not a path"):
         read_documents(Path("a\0b.txt"))
 
 
@@ -314,7 +314,7 @@ def test_unreadable_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(builtins, "open", refuse)
     expect(path, "cannot be read: Permission denied")
-    with pytest.raises(ConvertError, match="cannot be read: Permission denied"):
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
         list(texts)  # readable when it was checked, no more when it was read
 
 

@@ -11,8 +11,8 @@ from .progress import Clock, Reporter, Stage, clock_text
 class BarReporter(Reporter):
     """Bars with the time spent and the time left, on a terminal; every stage leaves one line behind."""
 
-    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
-        super().__init__(clock)
+    def __init__(self, console: Console | None = None, clock: Clock = time.monotonic, *, program: str = "exl") -> None:
+        super().__init__(clock, program=program)
         self._console = console = console or Console(stderr=True)
         self._open = 0
         # Rich's own estimate forgets what is older than half a minute, which is less than a layer may take: see `Pace`.

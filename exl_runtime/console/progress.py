@@ -1,7 +1,7 @@
-"""What a long conversion tells while it goes on: bars on a terminal, sparse lines elsewhere, JSON lines for programs.
+"""What long work tells while it goes on: bars on a terminal, sparse lines elsewhere, JSON lines for programs.
 
-The pipeline sees `Progress` only. Names and texts may come out of files; nothing of them reaches a terminal as control
-characters. Safe to call from several threads.
+The work itself sees `Progress` only. Names and texts may come out of files; nothing of them reaches a terminal as
+control characters. Safe to call from several threads.
 """
 
 import json
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
-PREFIX = "convert: "
 PLAIN_SECONDS = 10.0  # between two lines about one stage where no bar can be drawn
 JSON_SECONDS = 0.5  # between two "progress" events
 SETTLING = 1.0  # seconds in which a resumed stage skips what is done already; no measure of its pace
@@ -32,7 +31,7 @@ class Steps(Protocol):
 
 
 class Progress(Protocol):
-    """What the pipeline may call."""
+    """What long work may call."""
 
     def stage(self, name: str, total: int, unit: str = "steps") -> AbstractContextManager[Steps]:
         """One long piece of work of `total` steps, from here to the end of the `with` block. Stages may nest."""
@@ -48,9 +47,10 @@ class Progress(Protocol):
 
 
 class Reporter(ABC):
-    """`Progress` and, for the command line, its end. `warned`: the warnings so far."""
+    """`Progress` and, for the command line, its end. `warned`: the warnings so far. `program` begins every line."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic, *, program: str = "exl") -> None:
+        self.program = program
         self.warned: list[str] = []
         self._clock = clock
         self._lock = threading.RLock()
@@ -175,14 +175,14 @@ class QuietReporter(Reporter):
         return
 
     def _warning(self, text: str) -> None:
-        write_error(f"warning: {text}")
+        write_error(self.program, f"warning: {text}")
 
 
 class PlainReporter(Reporter):
     """Lines on standard error, for logs: at the start and the end of a stage, and every `PLAIN_SECONDS` between."""
 
     def _begin(self, stage: Stage) -> None:
-        write_error(f"{stage.name}: {stage.pace.total} {stage.unit}")
+        write_error(self.program, f"{stage.name}: {stage.pace.total} {stage.unit}")
 
     def _step(self, stage: Stage) -> None:
         now, pace = self._clock(), stage.pace
@@ -191,24 +191,24 @@ class PlainReporter(Reporter):
         stage.shown_at = now
         left = "" if pace.remaining is None else f", about {clock_text(pace.remaining)} left"
         note = f" ({stage.note})" if stage.note else ""
-        write_error(f"{stage.name}: {stage.counted()} in {clock_text(pace.elapsed)}{left}{note}")
+        write_error(self.program, f"{stage.name}: {stage.counted()} in {clock_text(pace.elapsed)}{left}{note}")
 
     def _end(self, stage: Stage, completed: bool) -> None:
         if completed:
-            write_error(f"{stage.name}: done, {stage.counted()} in {clock_text(stage.pace.elapsed)}")
+            write_error(self.program, f"{stage.name}: done, {stage.counted()} in {clock_text(stage.pace.elapsed)}")
 
     def _line(self, text: str) -> None:
-        write_error(text)
+        write_error(self.program, text)
 
     def _warning(self, text: str) -> None:
-        write_error(f"warning: {text}")
+        write_error(self.program, f"warning: {text}")
 
 
 class JsonReporter(Reporter):
     """One JSON object a line on standard output, {"event": "stage" | "progress" | "say" | "warning" | "done" | ...}."""
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: Clock = time.monotonic, *, program: str = "exl") -> None:
+        super().__init__(clock, program=program)
         self._last = -math.inf
 
     def _begin(self, stage: Stage) -> None:
@@ -249,17 +249,17 @@ class JsonReporter(Reporter):
         sys.stdout.flush()
 
 
-def choose_reporter(*, quiet: bool = False, json_lines: bool = False) -> Reporter:
+def choose_reporter(program: str = "exl", *, quiet: bool = False, json_lines: bool = False) -> Reporter:
     """The reporter for this process: JSON lines or quiet when asked for, bars on a terminal, else sparse lines."""
     if json_lines:
-        return JsonReporter()
+        return JsonReporter(program=program)
     if quiet:
-        return QuietReporter()
+        return QuietReporter(program=program)
     if sys.stderr is not None and _is_terminal(sys.stderr) and os.environ.get("TERM", "") not in ("", "dumb"):
         from .bars import BarReporter
 
-        return BarReporter()
-    return PlainReporter()
+        return BarReporter(program=program)
+    return PlainReporter(program=program)
 
 
 def printable(text: str, limit: int = 400) -> str:
@@ -280,10 +280,10 @@ def clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def write_error(text: str) -> None:
-    """One message on standard error. A terminal or log that is gone or full does not end the work."""
+def write_error(program: str, text: str) -> None:
+    """One message of `program` on standard error. A terminal or log that is gone or full does not end the work."""
     with suppress(OSError, ValueError, AttributeError):  # ValueError: closed; AttributeError: None, never opened
-        sys.stderr.write(f"{PREFIX}{text}\n")
+        sys.stderr.write(f"{program}: {text}\n")
         sys.stderr.flush()
 
 

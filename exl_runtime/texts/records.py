@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exl_runtime.config.fields import shown
-from exl_runtime.errors import ConvertError
+from ..config.fields import shown
+from ..errors import DataError
 
 FIELDS = ("text", "content", "messages")  # in search order
 MAX_RECORD = 2**26  # bytes of a line, characters of a JSON record: what is held at once
@@ -17,14 +17,14 @@ _NAMED = 12  # keys or columns listed in a message
 
 
 def json_lines(path: Path) -> Iterator[str]:
-    """The texts of a file with one JSON record a line; blank lines are skipped. Raises ConvertError with the line."""
+    """The texts of a file with one JSON record a line; blank lines are skipped. Raises DataError with the line."""
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_RECORD + 1):
             number += 1
             where = f"{path}: line {number}"
             if len(line) > MAX_RECORD:
-                raise ConvertError(f"{where}: longer than {MAX_RECORD} bytes", hint="split the record into several")
+                raise DataError(f"{where}: longer than {MAX_RECORD} bytes", hint="split the record into several")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
@@ -33,14 +33,14 @@ def json_lines(path: Path) -> Iterator[str]:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as err:
                 offset = file.tell() - len(line) + err.start
-                raise ConvertError(f"{where}: not UTF-8 text at byte {offset}: {err.reason}") from err
+                raise DataError(f"{where}: not UTF-8 text at byte {offset}: {err.reason}") from err
             except (ValueError, RecursionError) as err:
                 raise _not_json(where, err, _list_hint(line)) from err
             yield record_text(record, where)
 
 
 def json_texts(texts: Iterator[str], path: Path) -> Iterator[str]:
-    """The texts of a JSON list of records, or of records one after another. Raises ConvertError with the record.
+    """The texts of a JSON list of records, or of records one after another. Raises DataError with the record.
 
     texts   the file as text, in chunks of any size; only the record in hand is kept
     """
@@ -61,9 +61,9 @@ def json_texts(texts: Iterator[str], path: Path) -> Iterator[str]:
                 break
             if mark != ",":
                 found = shown(mark) if mark else "the end of the file"
-                raise ConvertError(f'{window.where}: "," or "]" must follow, found {found}')
+                raise DataError(f'{window.where}: "," or "]" must follow, found {found}')
     if window.peek():
-        raise ConvertError(f"{path}: more text behind the end of the JSON list")
+        raise DataError(f"{path}: more text behind the end of the JSON list")
 
 
 class _Window:
@@ -122,12 +122,12 @@ class _Window:
 
 
 def parquet_texts(path: Path) -> Iterator[str]:
-    """The texts of a parquet file's rows; a row without a value has none. Raises ConvertError."""
+    """The texts of a parquet file's rows; a row without a value has none. Raises DataError."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as err:
-        raise ConvertError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from err
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from err
     number = 0
     try:
         # Buffered, or a whole column of a row group would be read at once.
@@ -141,7 +141,7 @@ def parquet_texts(path: Path) -> Iterator[str]:
                     yield " ".join(texts)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as err:
         reason = " ".join(str(err).split())[:200]
-        raise ConvertError(
+        raise DataError(
             f"{path}: not a readable parquet file (after row {number}): {reason}", hint="download the file again"
         ) from err
 
@@ -161,16 +161,16 @@ def _text_columns(pyarrow: Any, schema: Any, path: Path) -> list[str]:
         if name in (lists if name == "messages" else texts):
             return [name]
     if not texts:
-        raise ConvertError(f"{path}: no column of text; columns seen: {_listed(schema.names)}")
+        raise DataError(f"{path}: no column of text; columns seen: {_listed(schema.names)}")
     return texts
 
 
 def record_text(record: object, where: str) -> str:
-    """The text of one record as JSON gives it. Raises ConvertError that begins with `where`."""
+    """The text of one record as JSON gives it. Raises DataError that begins with `where`."""
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
-        raise ConvertError(f"{where}: a record is a text or an object, not {shown(record)}")
+        raise DataError(f"{where}: a record is a text or an object, not {shown(record)}")
     for name in FIELDS:
         value = record.get(name)
         if value is None:
@@ -178,25 +178,25 @@ def record_text(record: object, where: str) -> str:
         if name == "messages":
             return messages_text(value, where)
         if not isinstance(value, str):
-            raise ConvertError(f'{where}: "{name}" must be a text, is {shown(value)}')
+            raise DataError(f'{where}: "{name}" must be a text, is {shown(value)}')
         return value
     keys = [key if value is not None else f"{key} (null)" for key, value in record.items()]
-    raise ConvertError(f'{where}: no "text", "content" or "messages"; keys seen: {_listed(keys)}')
+    raise DataError(f'{where}: no "text", "content" or "messages"; keys seen: {_listed(keys)}')
 
 
 def messages_text(messages: object, where: str) -> str:
     """A conversation as text: "role: words", a blank line between turns; turns without words are left out."""
     if not isinstance(messages, list):
-        raise ConvertError(f'{where}: "messages" must be a list, is {shown(messages)}')
+        raise DataError(f'{where}: "messages" must be a list, is {shown(messages)}')
     turns = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ConvertError(f'{where}: a message is an object with "role" and "content", not {shown(message)}')
+            raise DataError(f'{where}: a message is an object with "role" and "content", not {shown(message)}')
         content = message.get("content")
         if isinstance(content, list):  # parts: pictures beside texts
             content = "\n".join(p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
         if content is not None and not isinstance(content, str):
-            raise ConvertError(f'{where}: the "content" of a message must be a text, is {shown(content)}')
+            raise DataError(f'{where}: the "content" of a message must be a text, is {shown(content)}')
         if content:
             turns.append(f"{message['role']}: {content}")
     return "\n\n".join(turns)
@@ -211,9 +211,9 @@ def _list_hint(line: bytes) -> str | None:
     return "a list over several lines belongs into a .json file" if line.lstrip().startswith(b"[") else None
 
 
-def _not_json(where: str, err: Exception, hint: str | None) -> ConvertError:
+def _not_json(where: str, err: Exception, hint: str | None) -> DataError:
     if isinstance(err, RecursionError):
         reason = "nested too deeply"
     else:
         reason = err.msg if isinstance(err, json.JSONDecodeError) else str(err)
-    return ConvertError(f"{where}: not valid JSON: {reason}", hint=hint)
+    return DataError(f"{where}: not valid JSON: {reason}", hint=hint)
