@@ -5,9 +5,10 @@ from pathlib import Path
 
 from exl_runtime.console.program import StrictParser
 from exl_runtime.console.progress import printable
+from exl_runtime.console.sizes import parse_size
 from exl_runtime.errors import UsageError
 
-from .options import CACHES, ENCODERS, parse_size
+from .options import CACHES, ENCODERS
 
 DESCRIPTION = """\
 Make an EXL2 model out of a folder with an fp16, bf16, fp32, GPTQ or EXL2 one, on the CPU or a GPU. The work is saved
@@ -65,7 +66,11 @@ def build_parser(prog: str = "python -m convert") -> argparse.ArgumentParser:
     group.add_argument(
         "--context", type=_tokens, metavar="N", help="with --target-vram: tokens of the cache (default: 8192)"
     )
-    group.add_argument("--cache", choices=CACHES, help="with --target-vram: type of keys and values (default: fp16)")
+    group.add_argument(
+        "--cache",
+        metavar="TYPE",
+        help=f"with --target-vram: type of keys and values, {', '.join(CACHES)} or another kXvY (default: fp16)",
+    )
     group.add_argument(
         "--encoder",
         choices=ENCODERS,

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from exl_runtime.config.fields import shown
 from exl_runtime.console.progress import Reporter, clock_text
+from exl_runtime.console.sizes import parse_size, size_text
 from exl_runtime.errors import ExlError, UsageError
 
-from .options import JobOptions, parse_size, size_text, spelling, validated, work_folder
+from .options import JobOptions, spelling, validated, work_folder
 
 if TYPE_CHECKING:
     from .job import Outcome

@@ -7,21 +7,21 @@ kernels that read EXL2 directly keep of them.
 import math
 from dataclasses import dataclass
 
+import torch
+
 from exl_runtime.config import MlpSpec, ModelSpec
-from exl_runtime.errors import ConvertError
-from exl_runtime.model.placement import CACHE_DTYPES, geometry_of, plan
+from exl_runtime.console.sizes import size_text
+from exl_runtime.errors import ConvertError, UsageError
+from exl_runtime.model.placement import PAGE_SIZE, MemoryPlan, plan, resolve_cache
 
 from .encoded import stored_bits
 from .layouts import head_option
-from .options import CACHES, size_text
+from .options import CACHES
 
 CONTEXT = 8192  # tokens, unless the user says otherwise or the model ends before
 LOWEST, HIGHEST = 2.0, 8.0  # no matrix is stored with less, every one can be with more than this
 STEP = 1000  # bits are rounded down to a thousandth
 HALF = 2  # bytes of a value that stays dense
-# Bits of a cached value, scales included (formats/kv_cache_quant.md 1 and 2): a half for every 32 values; q6 is six
-# bits in exllamav3, and 8-bit keys beside 4-bit values in exllamav2.
-QUANTIZED = {"q8": 8.5, "q6": 6.5, "q4": 4.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +74,7 @@ def bits_for_memory(
     """The largest bits, to a thousandth, with which weights, cache and working memory fit into `memory` bytes.
 
     context          tokens of the cache, in whole pages and one more, as the runtime plans
-    cache            "fp32" | "fp16" | "bf16", or "q8" | "q6" | "q4" after formats/kv_cache_quant.md: the runtime has
-                     no quantized caches yet, so these are for programs that do. One layer's keys and values in half
-                     precision count as working memory then: that is what such a cache is unpacked into.
+    cache            a type the runtime knows: "fp32" | "fp16" | "bf16" | "q8" | "q6" | "q4" | "k6v4" ...
     head_bits        of the output head, which always has a matrix of its own in an EXL2 folder
     embedding_rows   of the table as stored        parameters  weights in the matrices of the decoder layers
     lowest, highest  what the model can be stored with, if that is known better than the format's limits
@@ -84,7 +82,8 @@ def bits_for_memory(
     Raises ConvertError when not even `lowest` fits, with what would, and for unknown settings.
     """
     dense = _dense_bytes(spec, embedding_rows) + _head_bytes(spec, head_bits)
-    cache_bytes, working = _cache_bytes(spec, context, cache), _working_bytes(spec, context, cache)
+    planned = _planned(spec, context, cache)
+    cache_bytes, working = planned.cache_bytes, planned.working_bytes
     room = memory - dense - cache_bytes - working
     bits = min(8 * room * STEP // parameters / STEP, highest)
     if bits < lowest:
@@ -104,20 +103,17 @@ def bits_for_memory(
 
 
 def describe(budget: Budget) -> str:
-    """What was chosen and why, in one line; a second one where this runtime cannot make use of it."""
+    """What was chosen and why, in one line."""
 
     def size(nbytes: int) -> str:
         return size_text(nbytes, like=budget.memory)
 
     most = ", the most this model can be stored with" if budget.limited else ""
-    text = (
+    return (
         f"{budget.bits:.3f} bits per weight{most}: {size(budget.weight_bytes)} of weights (the head at "
         f"{budget.head_bits} bits), {size(budget.cache_bytes)} for {budget.context} tokens of {budget.cache} cache, "
         f"{size(budget.working_bytes)} to work in; {size(budget.total_bytes)} of {size(budget.memory)}"
     )
-    if budget.cache in QUANTIZED:
-        text += f"\na {budget.cache} cache needs a program that has one: this runtime has fp32, fp16 and bf16 so far"
-    return text
 
 
 def _layer_bytes(parameters: int, bits: float) -> int:
@@ -144,19 +140,13 @@ def _dense_bytes(spec: ModelSpec, embedding_rows: int) -> int:
     return values * HALF
 
 
-def _cache_bytes(spec: ModelSpec, context: int, cache: str) -> int:
-    if cache not in CACHES:
-        raise ConvertError(f"--cache {cache}: not a type of cache", hint=f"use one of {', '.join(CACHES)}")
-    dtype = CACHE_DTYPES[cache if cache in CACHE_DTYPES else "fp16"]
-    nbytes = plan(spec, context=context, weight_bytes=0, dtype=dtype).cache_bytes
-    return math.ceil(nbytes * QUANTIZED[cache] / 16) if cache in QUANTIZED else nbytes
-
-
-def _working_bytes(spec: ModelSpec, context: int, cache: str) -> int:
-    half = CACHE_DTYPES["fp16"]
-    planned = plan(spec, context=context, weight_bytes=0, dtype=half)
-    unpacked = planned.cache_bytes // len(spec.layers) if cache in QUANTIZED else 0
-    return planned.working_bytes + unpacked
+def _planned(spec: ModelSpec, context: int, cache: str) -> MemoryPlan:
+    """What the runtime plans beside the weights. Raises ConvertError for an unknown type of cache."""
+    try:
+        kind = resolve_cache(cache, torch.device("cpu"))
+    except UsageError as err:
+        raise ConvertError(f"--cache {cache}: not a type of cache", hint=err.hint) from err
+    return plan(spec, context=context, weight_bytes=0, cache=kind)
 
 
 def _does_not_fit(
@@ -167,12 +157,9 @@ def _does_not_fit(
 
     total = weights + cache_bytes + working
     ways = []
-    page = geometry_of(spec, CACHE_DTYPES["fp16"]).page_size
-    if (shorter := _longest(spec, memory - weights, cache, context // page)) > 0:
-        ways.append(f"--context {shorter * page}")
-    bytes_with = {
-        name: weights + _cache_bytes(spec, context, name) + _working_bytes(spec, context, name) for name in CACHES
-    }
+    if (shorter := _longest(spec, memory - weights, cache, context // PAGE_SIZE)) > 0:
+        ways.append(f"--context {shorter * PAGE_SIZE}")
+    bytes_with = {name: weights + _planned(spec, context, name).total_bytes for name in CACHES}
     # CACHES is sorted by falling size: the first that fits costs the least quality.
     if (smaller := next((name for name, taken in bytes_with.items() if taken <= memory), None)) is not None:
         ways.append(f"--cache {smaller}")
@@ -194,11 +181,10 @@ def _enough(nbytes: int, *, binary: bool) -> str:
 
 def _longest(spec: ModelSpec, room: int, cache: str, below: int) -> int:
     """The most pages, `below` at the most, whose cache and working memory fit into `room` bytes; 0: none."""
-    page = geometry_of(spec, CACHE_DTYPES["fp16"]).page_size
     low, high = 0, below
     while low < high:
         pages = (low + high + 1) // 2
-        if _cache_bytes(spec, pages * page, cache) + _working_bytes(spec, pages * page, cache) <= room:
+        if _planned(spec, pages * PAGE_SIZE, cache).total_bytes <= room:
             low = pages
         else:
             high = pages - 1

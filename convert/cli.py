@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from exl_runtime.console.program import out_of_memory, run_program
 from exl_runtime.console.progress import Reporter, clock_text
+from exl_runtime.console.sizes import size_text
 from exl_runtime.errors import ConvertError, UsageError
 
 from .arguments import build_parser
-from .options import JobOptions, differences, load_job, size_text, spelling, validated, work_folder
+from .options import JobOptions, differences, load_job, spelling, validated, work_folder
 
 if TYPE_CHECKING:
     from .job import Outcome

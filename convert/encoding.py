@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exl_runtime.checkpoint.writer import read_tensor, read_tensors, write_tensors
 from exl_runtime.config import ModelSpec
 from exl_runtime.console.progress import Progress
 from exl_runtime.files import PARTIAL, read_json, write_json
 from exl_runtime.ops.norm import rms_norm
 
+from . import fisher
+from .blocktune import tune_layer
 from .checking import half
 from .encoded import Encoded, Layout, stored_bits
 from .encoder import BEST, CLASSIC, Recipe
@@ -24,7 +27,6 @@ from .moments import Moments
 from .report import MatrixReport
 from .source import HEAD, Source
 from .states import States
-from .store import read_tensors, write_tensors
 from .streaming import fill
 from .workspace import Workspace
 
@@ -33,7 +35,10 @@ STREAMS = ("source", "result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What the stage needs to know. layouts: path -> layout, the head's included."""
+    """What the stage needs to know. layouts: path -> layout, the head's included.
+
+    seed  of the tuning of every layer behind its encoding (`blocktune`; only with the encoder `best`); None: none
+    """
 
     source: Source
     space: Workspace
@@ -42,6 +47,7 @@ class Job:
     encoder: str
     chunk: int
     progress: Progress
+    seed: int | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -63,6 +69,8 @@ def encode_layers(job: Job) -> None:
     if todo == layers and space.encoded(None):
         return
     todo = _where_states_are(job, todo)
+    if job.seed is not None and todo < layers:
+        fisher.collect(job.source, space, job.rows, job.chunk, job.seed, job.progress)
     total = sum(len(job.source.slots(layer.index)) for layer in spec.layers) + 1
     with job.progress.stage("encoding", total, "matrices") as bar:
         bar.advance(sum(len(job.source.slots(i)) for i in range(todo)))
@@ -127,6 +135,8 @@ def _layer(job: Job, i: int, states: dict[str, States], advance: Callable[[str],
         advance=advance,
     )
     done = run.run()
+    if job.seed is not None:
+        tune_layer(run, states["result"], read_tensor(space.fisher(i), "fisher"), seed=job.seed)
     for name, path in _paths(job, i + 1).items():
         after[name].commit(path)
     _save(space, source, i, done, run.result)

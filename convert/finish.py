@@ -13,6 +13,7 @@ from torch import Tensor
 from exl_runtime import __version__
 from exl_runtime.checkpoint.header import read_header
 from exl_runtime.checkpoint.reader import DTYPES
+from exl_runtime.checkpoint.writer import Planned, read_tensor
 from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError
 from exl_runtime.files import PARTIAL, naming, write_bytes
@@ -21,7 +22,6 @@ from .checking import half
 from .options import JobOptions
 from .report import Divergence, MatrixReport, Report, write_report
 from .source import Source
-from .store import Planned, read_tensor
 from .verify import Room, compare, require_sane
 from .workspace import take_lock
 from .write import copied_files, prepare_target, quantization_config, write_folder

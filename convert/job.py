@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from exl_runtime.checkpoint.writer import read_tensors, write_tensors
 from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError, ExlError
 from exl_runtime.files import read_json, write_json
 from exl_runtime.model.placement import free_memory, resolve_device
 from exl_runtime.ops import native
 
-from . import allocate, classic, measuring, tuning
+from . import allocate, blocktune, classic, measuring, tuning
 from .budget import bits_for_memory, describe, planned_context
 from .calibration import Calibration, default_size
 from .calibration import make as make_calibration
@@ -31,7 +32,6 @@ from .options import JobOptions, load_job, validated, work_folder
 from .report import Divergence, MatrixReport, from_json
 from .resources import chunk_rows, require_disk, require_memory
 from .source import Source
-from .store import read_tensors, write_tensors
 from .workspace import Workspace, open_workspace
 from .write import publish
 
@@ -149,6 +149,7 @@ def _fill(state: _Run, partial: Path) -> None:
     measured = _measured(state, data)
     with state.timed("allocation"):
         layouts = _layouts(state, measured, target)
+    blocks = options.encoder == "best" and blocktune.decide(source, space, state.memory, *data.rows.shape)
     with state.timed("encoding"):
         encode_layers(
             Job(
@@ -159,6 +160,7 @@ def _fill(state: _Run, partial: Path) -> None:
                 encoder=options.encoder,
                 chunk=state.chunk,
                 progress=state.progress,
+                seed=options.seed if blocks else None,
             )
         )
     with state.timed("tuning"):
@@ -179,7 +181,7 @@ def _fill(state: _Run, partial: Path) -> None:
         rows=data.rows.shape[0],
         length=data.rows.shape[1],
         dataset=data.dataset,
-        protocol=data.protocol + note,
+        protocol=data.protocol + ("; layers tuned behind their encoding where that helped" if blocks else "") + note,
         held_out=tuning.judge_rows(data.held_out),
         matrices=matrices,
         seconds=state.seconds,

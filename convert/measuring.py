@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exl_runtime.checkpoint.writer import read_tensor, write_tensors
 from exl_runtime.console.progress import Progress
 from exl_runtime.errors import ConvertError, NonFiniteError
 from exl_runtime.files import read_json, write_json
@@ -18,7 +19,6 @@ from .measure import LayerProbe, Sensitivity, top_gradient
 from .resources import CHUNK_FLOATS, measured_rows
 from .source import Source
 from .states import States
-from .store import read_tensor, write_tensors
 from .streaming import fill, through
 from .workspace import Workspace
 
@@ -110,9 +110,9 @@ def _best(source: Source, space: Workspace, rows: Tensor, *, chunk: int, seed: i
     """Forward through all layers keeping every layer's inputs, then back from the top, probing as it goes."""
     layers = len(source.spec.layers)
     start = _undone(space, layers)
-    inputs = _forward(source, space, rows, start, chunk, progress)
+    inputs = forward_states(source, space, rows, start, chunk, progress)
     # The gradient at the outputs of the layers below `start`, float32 (rows, length, hidden).
-    gradient = _top(source, inputs[-1], seed) if start == layers else read_tensor(space.gradient(start), "g")
+    gradient = top_gradients(source, inputs[-1], seed) if start == layers else read_tensor(space.gradient(start), "g")
     total = sum(len(source.slots(i)) for i in range(layers))
     with progress.stage("measuring widths", total, "matrices") as bar:
         bar.advance(sum(len(source.slots(i)) for i in range(start, layers)))
@@ -134,7 +134,9 @@ def _undone(space: Workspace, layers: int) -> int:
 
 
 @torch.no_grad()
-def _forward(source: Source, space: Workspace, rows: Tensor, stop: int, chunk: int, progress: Progress) -> list[States]:
+def forward_states(
+    source: Source, space: Workspace, rows: Tensor, stop: int, chunk: int, progress: Progress
+) -> list[States]:
     """Hidden states before every layer up to `stop`, and behind the last one. NonFiniteError names a layer."""
     spec = source.spec
     count, length = rows.shape
@@ -183,7 +185,7 @@ def _require_finite(finite: bool, source: Source, what: str) -> None:
         )
 
 
-def _top(source: Source, states: States, seed: int) -> Tensor:
+def top_gradients(source: Source, states: States, seed: int) -> Tensor:
     """Gradient at the last hidden states, a row and few tokens of it at a time: logits are wide."""
     spec, generator = source.spec, torch.Generator().manual_seed(seed)
     norm, head = source.final_norm(), source.head()

@@ -8,14 +8,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from decimal import Decimal
 from pathlib import Path
 
 from exl_runtime.config.fields import shown
+from exl_runtime.console.sizes import size_text
 from exl_runtime.errors import ConvertError, UsageError
 
 ENCODERS = ("best", "classic")
-CACHES = ("fp32", "fp16", "bf16", "q8", "q6", "q4")  # types of keys and values that a memory target can count with
+CACHES = ("fp32", "fp16", "bf16", "q8", "q6", "k6v4", "q4")  # types of keys and values, by falling size
+_CACHE = re.compile(r"fp32|fp16|bf16|q[864]|k[2-8]v[2-8]")  # all that a memory target can count with
 MIN_ROWS = 4
 LENGTHS = (32, 65536)  # tokens of a calibration row
 MAX_THREADS = 4096
@@ -23,8 +24,6 @@ MAX_SHARD_MB = 2**20
 JOB_FILE = "job.json"  # in the work folder: an object whose "options" is `to_json` of the job's options
 WORK = ".work"
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE | re.ASCII)
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 # The same tensors come out whatever these are: where files lie, what computes, where the job ends.
 _NO_CHANGE = ("out", "work", "measure_only", "device", "threads")
@@ -45,7 +44,7 @@ class JobOptions:
     measurement  measurement.json of an earlier job of the same model
     target_vram  bytes that weights, cache and working memory may take together; instead of `bits`
     context      tokens the cache shall hold (with target_vram); None: the default of `budget`
-    cache        one of `CACHES` (with target_vram)
+    cache        type of keys and values the runtime knows (with target_vram)
     encoder      "best" | "classic"
     shard_mb     most MiB of one weight file; 0: one file
     device       "auto" | "cpu" | "cuda" | "cuda:N"       threads   CPU threads; None: as many as torch takes
@@ -93,7 +92,10 @@ def validated(options: JobOptions) -> JobOptions:
     _require_range("--threads", options.threads, 1, MAX_THREADS)
     _require_range("--shard-size", options.shard_mb, 0, MAX_SHARD_MB)
     _require_range("--seed", options.seed, 0, 2**63 - 1)
-    _require_one_of("--cache", options.cache, CACHES)
+    if not _CACHE.fullmatch(options.cache):
+        raise UsageError(
+            f"--cache {shown(options.cache)}: no such type", hint=f"use one of {', '.join(CACHES)}, or another kXvY"
+        )
     _require_one_of("--encoder", options.encoder, ENCODERS)
     if not _DEVICE.fullmatch(options.device):
         raise UsageError(f"--device {shown(options.device)}: no such device", hint="use auto, cpu, cuda or cuda:N")
@@ -164,26 +166,6 @@ def differences(old: JobOptions, new: JobOptions) -> list[str]:
 def spelling(name: str) -> str:
     """The long option, without dashes, of a field: "target-vram" for "target_vram"."""
     return _SPELLINGS.get(name, name.replace("_", "-"))
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "12GB", "11.5 GiB", "11.5G", "8000MB". Raises UsageError.
-
-    KB, MB, GB, TB are powers of 1000; KiB, MiB, GiB, TiB, and K, M, G, T alone, powers of 1024, as memory is sold.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None or not match[2] or (match[3] and not match[4]):
-        raise UsageError(f"{shown(text)} is not a size", hint="12GB (10^9 bytes), 12GiB or 12G (2^30 bytes), 8000MB")
-    base = 1000 if match[4] and not match[3] else 1024
-    return int(Decimal(match[1]) * base ** _POWERS[match[2].lower()])
-
-
-def size_text(nbytes: int, like: int | None = None) -> str:
-    """ "12.00 GB", or "12.00 GiB" where `like` (default: the size itself) is a whole number of MiB; GB and up to MB."""
-    unit, letter = (1024, "i") if (nbytes if like is None else like) % 2**20 == 0 else (1000, "")
-    if abs(nbytes) >= unit**3:
-        return f"{nbytes / unit**3:.2f} G{letter}B"
-    return f"{nbytes / unit**2:.1f} M{letter}B"
 
 
 def _require_targets(options: JobOptions) -> None:

@@ -82,6 +82,7 @@ def require_disk(
         weights = int(source.parameters * target / 8) + head
         result = weights + 2 * source.embedding_rows * spec.hidden_size + source.extra_bytes
         states = max(states, ITEM * rows * length * (4 * spec.hidden_size + 2 * widest(spec))) + weights
+        states += ITEM * spec.hidden_size**2 * len(spec.layers)  # Fisher information
     states = max(0, states - _size(work))
     if out is None or _device(work) != _device(out):
         require_space(work, states, "the work folder")

@@ -127,14 +127,14 @@ def tune(
     tunables = _Tunables(source, model, given, rates, embedding) if steps > 0 else None
     if tunables is not None:
         reference = _Reference(model, rows.to(device))
-        batches = _batches(rows.shape[0], torch.Generator().manual_seed(seed))
+        order = batches(rows.shape[0], torch.Generator().manual_seed(seed))
         optimizer = torch.optim.Adam(tunables.groups(math.sqrt(max(before, 0.0))), betas=BETAS, fused=True)
         checks = {math.ceil(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
         for step in range(1, steps + 1):
             pace = min(1.0, step / WARM) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * pace
-            loss = _step(source, model, tunables, reference, next(batches), optimizer)
+            loss = _step(source, model, tunables, reference, next(order), optimizer)
             if not math.isfinite(loss):
                 break
             if step in checks:
@@ -213,7 +213,7 @@ def _step(
     return loss
 
 
-def _batches(rows: int, generator: torch.Generator) -> Iterator[list[int]]:
+def batches(rows: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Rows of every step: all of them in random order, then all again."""
     left: list[int] = []
     while True:

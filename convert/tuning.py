@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from exl_runtime.checkpoint.writer import write_tensors
 from exl_runtime.console.progress import Progress
 from exl_runtime.files import read_json, write_json
 
 from .calibration import Calibration
 from .encoding import load_layer, stored_tensors
 from .source import Source
-from .store import write_tensors
 from .tune import STEPS, fits, tune
 from .workspace import Workspace
 

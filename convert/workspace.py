@@ -37,6 +37,7 @@ class Workspace:
         self.protocol = folder / "calibration.json"
         self.measurement = folder / "measurement.json"
         self.layouts = folder / "layouts.json"
+        self.blocktune = folder / "measure" / "blocktune.json"
         self.tuned = folder / "tuned"
         self._memory = min(int(memory * MEMORY_SHARE), MEMORY_MOST)
         self._scratch = 0
@@ -50,6 +51,10 @@ class Workspace:
     def gradient(self, layer: int) -> Path:
         """Gradient at the inputs of a layer, for the layers below it."""
         return self.folder / "measure" / f"gradient-{layer:04d}.safetensors"
+
+    def fisher(self, layer: int) -> Path:
+        """Fisher information at the outputs of a layer."""
+        return self.folder / "measure" / f"fisher-{layer:04d}.safetensors"
 
     def layer(self, layer: int | None) -> Path:
         """The encoded tensors of one layer; None: of the head."""

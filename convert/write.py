@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from exl_runtime.checkpoint.header import short
+from exl_runtime.checkpoint.writer import Planned, write_planned
 from exl_runtime.errors import ConvertError
 from exl_runtime.files import PARTIAL, naming, remove_partials, require_space, sync_folder, write_json
 from exl_runtime.files import write_pieces as write_file
-
-from .store import Planned, write_planned
 
 COPY_BYTES = 1 << 20  # of a file held in memory while it is copied
 SINGLE = "output.safetensors"

@@ -1,13 +1,8 @@
-"""Entry point of `python -m eval`: says plainly that this version does not have it."""
+"""Entry point of `python -m eval`."""
 
 import sys
 
-
-def main() -> int:
-    """Report on stderr; exit code 2, as for every request that cannot be met."""
-    sys.stderr.write("exl: `eval` is not part of this version yet; CHANGELOG.md says what is\n")
-    return 2
-
+from .cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from convert import measure, tuning
+from convert import blocktune, encoding, measure, tuning
 from convert.job import Outcome, run
 from convert.options import JobOptions, validated
 from convert.tune import tune
@@ -152,6 +152,8 @@ def in_a_hurry() -> Iterator[None]:
             patch.setitem(measure.GROUP_SIZES, bits, sizes)
         patch.setattr(tuning, "tune", partial(tune, steps=8))
         patch.setattr(tuning, "GUARD_TOKENS", 0)
+        patch.setattr(encoding, "tune_layer", partial(blocktune.tune_layer, steps=4))
+        patch.setattr(blocktune, "LEAST_GUARD_TOKENS", 0)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 

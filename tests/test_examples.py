@@ -16,6 +16,7 @@ SAYS = {  # what greedy answers of the demo model must contain
     "chat_session": "Mira",
     "streaming": "tokens/s]",
     "async_clients": "second: ",
+    "lm_eval_adapter": "log-likelihood: (-",
 }
 
 

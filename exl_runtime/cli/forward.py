@@ -6,8 +6,8 @@ import sys
 # command -> (package, arguments put before the user's, one line of help)
 PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("convert", (), "make an EXL2 model out of an fp16, bf16, GPTQ or EXL2 one"),
-    "eval": ("eval", (), "measure what a model is worth (not in this version)"),
-    "bench": ("eval", ("speed",), "measure speed (not in this version)"),
+    "eval": ("eval", (), "measure what a model is worth: perplexity, divergence, tasks, comparisons"),
+    "bench": ("eval", ("speed",), "measure speed"),
 }
 
 

@@ -38,7 +38,7 @@ class RuntimeInfo:
     format: str  # "exl2", "gptq", "dense", or several joined by "+"
     bits_per_weight: float  # of the decoder layers
     context: int
-    cache: str  # "fp32", "fp16" or "bf16"
+    cache: str  # type of keys and values: "fp16", "q8", "k6v4" ...
     backend: str  # "cpu", "cuda" or "reference"
     device: str
     weight_bytes: int
@@ -100,7 +100,7 @@ class Runtime:
         prompt: "Prompt | Sequence[Prompt]",
         *,
         max_tokens: int | None = MAX_TOKENS,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: str | Sequence[str] | None = (),
         overflow: str = "error",
         deadline: float | None = None,
@@ -109,6 +109,7 @@ class Runtime:
         """Run to the end: a Result for one prompt, a list of Results for a list of prompts.
 
         max_tokens  of the reply; None: until the context is full
+        sampling    how tokens are chosen; for a list of prompts also a list, one for each (a seed for each, say)
         stop        strings that end the reply; not part of the text
         overflow    what to do when the context is too small: "error" (PromptTooLong, or stop_reason "context"),
                     "drop" (oldest turns or tokens leave before the start), "window" (and again whenever it is full)
@@ -119,7 +120,16 @@ class Runtime:
         """
         many = is_batch(prompt)
         prompts: Sequence[Any] = prompt if many else [prompt]
-        requests = [self._request(one, max_tokens, sampling, stop, overflow, deadline, logprobs) for one in prompts]
+        if many and isinstance(sampling, Sequence):
+            if len(sampling) != len(prompts):
+                raise UsageError(f"{len(sampling)} sampling parameters for {len(prompts)} prompts")
+            chosen = list(sampling)
+        else:
+            chosen = [sampling] * len(prompts)
+        requests = [
+            self._request(one, max_tokens, params, stop, overflow, deadline, logprobs)
+            for one, params in zip(prompts, chosen, strict=True)
+        ]
         results = self._engine().run(requests)
         for result in results:
             self._count(result)

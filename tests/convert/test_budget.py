@@ -9,13 +9,17 @@ import pytest
 import tiny
 
 from convert.budget import Budget, bits_for_memory, describe, planned_context
-from convert.options import parse_size
+from convert.options import JobOptions, validated
 from convert.source import Source
+from exl_runtime.cache.names import FLOATS, SHORT
+from exl_runtime.cache.types import FP16
 from exl_runtime.checkpoint import Checkpoint
 from exl_runtime.checkpoint.reader import DTYPES
 from exl_runtime.config import ModelSpec, resolve
+from exl_runtime.console.sizes import parse_size
 from exl_runtime.errors import ConvertError
 from exl_runtime.model.placement import plan, working_bytes
+from exl_runtime.model.summary import summarize
 
 GB = 10**9
 # Sizes of a known model of 8 billion parameters, by hand: 32 layers, 8 key/value heads of 128, vocabulary 128256.
@@ -48,15 +52,15 @@ def chosen(spec: ModelSpec, memory: int, context: int = 8192, cache: str = "fp16
 
 
 @pytest.mark.parametrize(
-    ("cache", "bits"), [("fp32", 32), ("fp16", 16), ("bf16", 16), ("q8", 8.5), ("q6", 6.5), ("q4", 4.5)]
+    ("cache", "bits"),
+    [("fp32", 32), ("fp16", 16), ("bf16", 16), ("q8", 8.5), ("q6", 6.5), ("k6v4", 5.5), ("q4", 4.5), ("k2v3", 3.0)],
 )
 def test_the_sum_by_hand(spec: ModelSpec, cache: str, bits: float) -> None:
     budget = chosen(spec, 8 * GB, cache=cache)
     values = 2 * 32 * 8 * 128  # keys and values of one token
     tokens = 8192 + 256  # whole pages and one to copy
     assert budget.cache_bytes == tokens * values * bits / 8
-    unpacked = tokens * values // 32 * 2 if cache.startswith("q") else 0
-    assert budget.working_bytes == working_bytes(spec) + unpacked
+    assert budget.working_bytes == working_bytes(spec)
     room = 8 * GB - DENSE - HEAD_6 - budget.cache_bytes - budget.working_bytes
     assert budget.bits == math.floor(1000 * 8 * room / LAYERS) / 1000
     assert budget.weight_bytes == DENSE + HEAD_6 + math.ceil(LAYERS * round(1000 * budget.bits) / 8000)
@@ -98,7 +102,18 @@ def test_a_real_exl2_folder_would_get_the_bits_it_has(demo: Path) -> None:
     again = bits_for_memory(spec, memory=memory, **settings)
     assert again.bits == math.floor(8000 * layers / parameters) / 1000
     assert 0 < ours < 1.2 * head
-    assert plan(spec, context=512, weight_bytes=0, dtype=tiny.torch.float16).cache_bytes == budget.cache_bytes
+    assert plan(spec, context=512, weight_bytes=0, cache=FP16).cache_bytes == budget.cache_bytes
+
+
+def test_every_cache_of_the_runtime_counts_as_much_as_exl_info_says(demo: Path, tmp_path: Path) -> None:
+    kinds = [*FLOATS, *SHORT, *(f"k{keys}v{values}" for keys in range(2, 9) for values in range(2, 9))]
+    with Source.open(demo) as source:
+        settings = {"head_bits": 6, "embedding_rows": 2048, "parameters": source.parameters, "context": 512}
+        for kind in kinds:
+            budget = bits_for_memory(source.spec, memory=10**9, cache=kind, **settings)
+            shown = summarize(demo, 512, cache=kind)
+            assert (budget.cache_bytes, budget.working_bytes) == (shown.cache_bytes, shown.working_bytes), kind
+            assert validated(JobOptions(source=demo, out=tmp_path / "out", target_vram=10**9, cache=kind)).cache == kind
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "qwen2", "qwen3_moe", "gemma2", "mixtral"])
@@ -135,8 +150,8 @@ def test_the_choice_is_described(spec: ModelSpec) -> None:
     (line,) = describe(budget).splitlines()
     for part in (f"{budget.bits:.3f} bits", "8192 tokens of fp16 cache", "1.11 GB", "head at 6 bits", "8.00 GB"):
         assert part in line
-    lines = describe(chosen(spec, 8 * 2**30, cache="q8")).splitlines()
-    assert "8.00 GiB" in lines[0] and "this runtime has fp32, fp16 and bf16" in lines[1] and len(lines) == 2
+    (line,) = describe(chosen(spec, 8 * 2**30, cache="q8")).splitlines()
+    assert "8.00 GiB" in line and "8192 tokens of q8 cache" in line
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_every_option_reaches_the_job(job: Job, tmp_path: Path) -> None:
         ("-i src -o out -b four", "-b/--bits: invalid float value: 'four'"),
         ("-i src -o out -b 4 --rows 3", "--rows 3"),
         ("-i src -o out --target-vram 12", "argument --target-vram: '12' is not a size; 12GB"),
-        ("-i src -o out -b 4 --cache q5", "--cache: invalid choice"),
+        ("-i src -o out --target-vram 8G --cache q5", "--cache 'q5': no such type"),
         ("-i src -o out -b 4 --context 8kk", "is not a whole number"),
         ("-i src -o out -b 4 --encod best", "unrecognized"),
         ("-i src -o out -b 4 --quiet --json", "not allowed with"),

@@ -13,7 +13,7 @@ from convert import finish
 from convert.finish import open_target, plan_tensors
 from convert.job import run
 from convert.source import Source
-from convert.store import write_tensors
+from exl_runtime.checkpoint.writer import write_tensors
 from exl_runtime.errors import ConvertError, NonFiniteError
 
 

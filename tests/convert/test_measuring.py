@@ -11,8 +11,8 @@ from convert.forward import LayerForward, embed, logits
 from convert.measuring import load, measure, measuring_rows
 from convert.source import Source
 from convert.states import States
-from convert.store import read_tensor
 from convert.workspace import Workspace, open_workspace
+from exl_runtime.checkpoint.writer import read_tensor
 from exl_runtime.errors import ConvertError, NonFiniteError
 from exl_runtime.files import read_json, write_json
 
@@ -65,12 +65,12 @@ def test_the_gradient_at_the_top_is_that_of_drawn_tokens(source: Source, monkeyp
     each = [torch.autograd.grad(scores[..., v].sum(), x, retain_graph=True)[0] for v in range(spec.vocab_size)]
     for tokens in (100, 5):
         monkeypatch.setattr(measuring, "CHUNK_FLOATS", tokens * spec.vocab_size)
-        found = measuring._top(source, states, 0)
+        found = measuring.top_gradients(source, states, 0)
         off = torch.stack([(found - wanted).abs().amax(-1) for wanted in each])
         assert float(off.amin(0).max()) < 1e-5
         assert len(off.argmin(0).unique()) > 20
-        assert torch.equal(found, measuring._top(source, states, 0))
-        assert not torch.equal(found, measuring._top(source, states, 1))
+        assert torch.equal(found, measuring.top_gradients(source, states, 0))
+        assert not torch.equal(found, measuring.top_gradients(source, states, 1))
 
 
 def last_states(source: Source) -> States:

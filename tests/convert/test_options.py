@@ -13,13 +13,12 @@ from convert.options import (
     differences,
     from_json,
     load_job,
-    parse_size,
-    size_text,
     spelling,
     to_json,
     validated,
     work_folder,
 )
+from exl_runtime.console.sizes import parse_size, size_text
 from exl_runtime.errors import ConvertError, UsageError
 
 JOB = JobOptions(source=Path("src"), out=Path("out"), bits=4.0)
@@ -106,7 +105,7 @@ def test_measuring_needs_neither_bits_nor_a_folder() -> None:
         ({"length": 65537}, "--length 65537"),
         ({"context": 8192}, "--context is only used"),
         ({"cache": "q4"}, "--cache is only used"),
-        ({"cache": "q5", "bits": None, "target_vram": 1}, "--cache 'q5': not one of fp32, fp16"),
+        ({"cache": "q5", "bits": None, "target_vram": 1}, "--cache 'q5': no such type"),
         ({"context": 0, "bits": None, "target_vram": 1}, "--context 0"),
         ({"bits": None, "target_vram": 0}, "no memory at all"),
         ({"encoder": "good"}, "--encoder 'good': not one of best, classic"),

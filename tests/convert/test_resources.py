@@ -82,7 +82,7 @@ def test_disk(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     apart = disks.needs()
     weights = apart["out"] - table
     assert source.parameters * 5 / 8 < weights < source.parameters * 5 / 8 + source.head_parameters * 2
-    states = 4 * 16 * 64 * (4 * 32 + 2 * 64)
+    states = 4 * 16 * 64 * (4 * 32 + 2 * 64) + 2 * 4 * 32 * 32
     assert apart["work"] == states + weights
     disks.same = True
     assert disks.needs()["out"] == apart["out"] + apart["work"]

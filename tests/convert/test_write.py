@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from convert import write
 from convert.encoded import Encoded, stored_shapes
-from convert.store import Planned
 from convert.write import copied_files, plan_shards, prepare_target, publish, quantization_config, write_folder
 from exl_runtime.checkpoint import Checkpoint
+from exl_runtime.checkpoint.writer import Planned
 from exl_runtime.config import load_config
 from exl_runtime.errors import ConvertError, StorageError
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convert import store
-from convert.store import Planned
 from exl_runtime import files
+from exl_runtime.checkpoint import writer
+from exl_runtime.checkpoint.writer import Planned
 from exl_runtime.errors import StorageError
 
 OLD = b"what was here before"
@@ -82,36 +82,49 @@ TENSORS = {
 
 def test_tensors_against_the_library(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    store.write_tensors(path, TENSORS, {"format": "pt", "a": 'b"\n'})
+    writer.write_tensors(path, TENSORS, {"format": "pt", "a": 'b"\n'})
     loaded = load_file(path)
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "a": 'b"\n'}
-    ours = store.read_tensors(path)
+    ours = writer.read_tensors(path)
     assert ours.keys() == TENSORS.keys()
     assert all(ours[name].dtype == t.dtype and torch.equal(ours[name], t) for name, t in TENSORS.items())
-    assert torch.equal(store.read_tensor(path, "int"), TENSORS["int"])
+    assert torch.equal(writer.read_tensor(path, "int"), TENSORS["int"])
 
 
 def test_reading_what_the_library_wrote(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     plain = {name: t.detach().contiguous() for name, t in TENSORS.items()}
     save_file(plain, path)
-    read = store.read_tensors(path)
+    read = writer.read_tensors(path)
     assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain)
 
 
+def test_a_tensor_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    rows = torch.randn(7, 3).half()
+    in_pieces = Planned(name="x", dtype=torch.float16, shape=(7, 3), make=lambda: iter(rows.split(2)))
+    writer.write_planned(path, [in_pieces, planned("y", rows)])
+    assert all(torch.equal(tensor, rows) for tensor in load_file(path).values())
+    for made in (rows[:6], rows.float()):
+        broken = Planned(name="x", dtype=torch.float16, shape=(7, 3), make=lambda made=made: iter(made.split(2)))
+        with pytest.raises(ValueError, match="x: made"):
+            writer.write_planned(tmp_path / "z.safetensors", [broken])
+    assert names(tmp_path) == ["x.safetensors"]
+
+
 def test_no_tensors_at_all(tmp_path: Path) -> None:
-    store.write_tensors(tmp_path / "x.safetensors", {})
-    assert load_file(tmp_path / "x.safetensors") == {} == store.read_tensors(tmp_path / "x.safetensors")
+    writer.write_tensors(tmp_path / "x.safetensors", {})
+    assert load_file(tmp_path / "x.safetensors") == {} == writer.read_tensors(tmp_path / "x.safetensors")
 
 
 def test_every_tensor_lies_where_it_can_be_viewed(tmp_path: Path) -> None:
     """Odd sizes in between must not put wider items at addresses they do not divide; the rest keeps its order."""
     path = tmp_path / "x.safetensors"
-    store.write_tensors(path, TENSORS)
+    writer.write_tensors(path, TENSORS)
     text = path.read_bytes()
     length = int.from_bytes(text[:8], "little")
     assert length % 8 == 0
@@ -133,7 +146,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
         return torch.from_numpy(memory)
 
     plan = [Planned(name=str(i), dtype=torch.float32, shape=(8, 8), make=make) for i in range(5)]
-    store.write_planned(tmp_path / "x.safetensors", plan)
+    writer.write_planned(tmp_path / "x.safetensors", plan)
     assert len(alive) == 5
     assert load_file(tmp_path / "x.safetensors")["3"][0, 0] == 3
 
@@ -144,13 +157,13 @@ def test_a_tensor_that_is_not_what_was_planned(made: torch.Tensor, tmp_path: Pat
     path.write_bytes(OLD)
     plan = Planned(name="m.weight", dtype=torch.float32, shape=(3, 2), make=lambda: made)
     with pytest.raises(ValueError, match=r"m\.weight"):
-        store.write_planned(path, [plan])
+        writer.write_planned(path, [plan])
     assert path.read_bytes() == OLD and names(tmp_path) == ["x.safetensors"]
 
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two tensors"):
-        store.write_planned(tmp_path / "x", [planned("a", torch.ones(1)), planned("a", torch.ones(1))])
+        writer.write_planned(tmp_path / "x", [planned("a", torch.ones(1)), planned("a", torch.ones(1))])
     assert names(tmp_path) == []
 
 
@@ -187,7 +200,7 @@ def test_refusals_leave_the_old_file_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(files.os, call, refuse)
         with pytest.raises(StorageError) as caught:
-            store.write_tensors(path, {"a": torch.ones(100)})
+            writer.write_tensors(path, {"a": torch.ones(100)})
     assert str(path) in caught.value.problem and words in caught.value.problem
     assert "\n" not in caught.value.problem and caught.value.hint
     assert path.read_bytes() == OLD
@@ -198,7 +211,7 @@ def test_a_file_that_may_not_grow(small_files: int, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(OLD)
     with pytest.raises(StorageError, match="larger than"):
-        store.write_tensors(path, {"a": torch.ones(2 * small_files)})
+        writer.write_tensors(path, {"a": torch.ones(2 * small_files)})
     assert path.read_bytes() == OLD and names(tmp_path) == ["x.safetensors"]
 
 
@@ -207,7 +220,7 @@ def test_a_short_write_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytes
     tensor = torch.arange(1000)
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "write", lambda descriptor, data: real(descriptor, data[:777]))
-        store.write_tensors(tmp_path / "x", {"a": tensor})
+        writer.write_tensors(tmp_path / "x", {"a": tensor})
     assert torch.equal(load_file(tmp_path / "x")["a"], tensor)
 
 
@@ -221,7 +234,7 @@ def test_what_the_tensors_raise_passes_through(stop: type[BaseException], tmp_pa
         raise stop("mine")
 
     with pytest.raises(stop, match="mine"):
-        store.write_planned(path, [Planned(name="a", dtype=torch.float32, shape=(1,), make=make)])
+        writer.write_planned(path, [Planned(name="a", dtype=torch.float32, shape=(1,), make=make)])
     assert path.read_bytes() == OLD and names(tmp_path) == ["x"]
 
 
@@ -301,7 +314,7 @@ def test_data_and_names_are_flushed_before_and_after_the_rename(
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    for read in (files.read_json, store.read_tensors):
+    for read in (files.read_json, writer.read_tensors):
         with pytest.raises(StorageError, match=str(path)):
             read(path)
         for damage in (b"", b"{", b'{"a": NaN}', b"[1]", b"\xff" * 40):
@@ -309,13 +322,13 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             with pytest.raises(StorageError, match=str(path)):
                 read(path)
         path.unlink()
-    store.write_tensors(path, {"a": torch.ones(10)})
+    writer.write_tensors(path, {"a": torch.ones(10)})
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StorageError, match="truncated"):
-        store.read_tensors(path)
-    store.write_tensors(path, {"a": torch.ones(10)})
+        writer.read_tensors(path)
+    writer.write_tensors(path, {"a": torch.ones(10)})
     with pytest.raises(StorageError, match="tensor b"):
-        store.read_tensor(path, "b")
+        writer.read_tensor(path, "b")
 
 
 def test_remove_partials(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ tensor is made when its turn comes, its bytes go from its own memory to the file
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exl_runtime.checkpoint import Checkpoint
-from exl_runtime.checkpoint.header import read_header, short
-from exl_runtime.checkpoint.index import FolderIndex
-from exl_runtime.checkpoint.reader import DTYPES
-from exl_runtime.errors import CheckpointError, StorageError
-from exl_runtime.files import RETRY, write_pieces
+from ..errors import CheckpointError, StorageError
+from ..files import RETRY, write_pieces
+from .header import read_header, short
+from .index import FolderIndex
+from .reader import DTYPES, Checkpoint
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A tensor of a file to be written: known before it exists. `make` is called once, when its bytes are due."""
+    """A tensor of a file to be written: known before it exists.
+
+    make   called once, when its bytes are due; gives the tensor, or its rows in several pieces, one after another
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterable[Tensor]]
 
     @property
     def nbytes(self) -> int:
@@ -42,11 +44,12 @@ class Planned:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file of tensors that exist, on any device. Raises StorageError."""
-    planned = [
-        Planned(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), make=lambda tensor=tensor: tensor)
-        for name, tensor in tensors.items()
-    ]
-    write_planned(path, planned, metadata)
+    write_planned(path, [planned_tensor(name, tensor) for name, tensor in tensors.items()], metadata)
+
+
+def planned_tensor(name: str, tensor: Tensor) -> Planned:
+    """A tensor that exists already."""
+    return Planned(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), make=lambda: tensor)
 
 
 def write_planned(path: Path, planned: Sequence[Planned], metadata: Mapping[str, str] | None = None) -> None:
@@ -101,16 +104,24 @@ def _container(ordered: Sequence[Planned], metadata: Mapping[str, str] | None) -
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for entry in ordered:
-        yield _bytes_of(entry)
+        yield from _bytes_of(entry)
 
 
-def _bytes_of(entry: Planned) -> memoryview:
-    tensor = entry.make()
-    if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-        made, wanted = f"{tensor.dtype} {tuple(tensor.shape)}", f"{entry.dtype} {entry.shape}"
-        raise ValueError(f"{short(entry.name)}: made {made}, planned {wanted}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+def _bytes_of(entry: Planned) -> Iterator[memoryview]:
+    made = entry.make()
+    written = 0
+    if isinstance(made, Tensor):
+        if tuple(made.shape) != entry.shape:
+            raise ValueError(f"{short(entry.name)}: made {tuple(made.shape)}, planned {entry.shape}")
+        made = (made,)
+    for piece in made:
+        if piece.dtype != entry.dtype:
+            raise ValueError(f"{short(entry.name)}: made {piece.dtype}, planned {entry.dtype}")
+        flat = piece.detach().cpu().contiguous().reshape(-1)
+        written += flat.nbytes
+        yield memoryview(flat.view(torch.uint8).numpy())
+    if written != entry.nbytes:
+        raise ValueError(f"{short(entry.name)}: made {written} bytes, planned {entry.nbytes}")
 
 
 @contextmanager
