@@ -25,9 +25,12 @@ def words_of(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def exl2(
-    weight: np.ndarray, plan: list[tuple[int, int]], seed: int, permute: bool = True
+    weight: np.ndarray, plan: list[tuple[int, int]], seed: int, permute: bool = True, rounded: bool = True
 ) -> tuple[Tensors, np.ndarray]:
-    """weight (K, N) -> tensors by suffix, and the (K, N) float16 weights. plan: (bits, rows) of every group."""
+    """weight (K, N) -> tensors by suffix, and the (K, N) float16 weights. plan: (bits, rows) of every group.
+
+    rounded  False: float32 weights, without the last rounding of the format, that of code times scale to half
+    """
     inputs, outputs = weight.shape
     padded = -(-outputs // 32) * 32
     rng = np.random.default_rng(seed)
@@ -46,7 +49,7 @@ def exl2(
         scale = (codes4 * codes4).astype(np.float16) * unit
         safe = np.where(scale == 0, np.float16(1), scale).astype(np.float32)
         codes = np.clip(np.rint(block / safe) + half, 0, 2 * half - 1).astype(np.int64)
-        values.append((codes - half).astype(np.float16) * scale)
+        values.append(product(codes - half, scale, rounded))
         parts.append(words_of(codes, bits))
         scales.append(nibbles(codes4 - 1))
         maxima.append(top)
@@ -68,6 +71,12 @@ def exl2(
     return tensors, dense
 
 
+def product(differences: np.ndarray, scales: np.ndarray, rounded: bool) -> np.ndarray:
+    """Float16, or float32 where the product is exact."""
+    dtype = np.float16 if rounded else np.float32
+    return differences.astype(dtype) * scales.astype(dtype)
+
+
 def nibbles(codes: np.ndarray) -> np.ndarray:
     """(N,) 4-bit codes -> (N / 8,) int32, first code lowest."""
     shifts = np.arange(8, dtype=np.uint64) * 4
@@ -75,9 +84,20 @@ def nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def gptq(
-    weight: np.ndarray, bits: int, group_size: int, seed: int, *, act_order: bool, symmetric: bool, version: int
+    weight: np.ndarray,
+    bits: int,
+    group_size: int,
+    seed: int,
+    *,
+    act_order: bool,
+    symmetric: bool,
+    version: int,
+    rounded: bool = True,
 ) -> tuple[Tensors, np.ndarray]:
-    """weight (K, N) -> tensors by suffix, and the (K, N) float16 weights. N must be a multiple of 32."""
+    """weight (K, N) -> tensors by suffix, and the (K, N) float16 weights. N must be a multiple of 32.
+
+    rounded  see `exl2`
+    """
     inputs, outputs = weight.shape
     size = inputs if group_size == -1 else group_size
     count = -(-inputs // size)
@@ -97,7 +117,7 @@ def gptq(
             scales[g] = (high - low) / top + 1e-6
             zeros[g] = np.clip(np.rint(-low / scales[g].astype(np.float32)), 1, top)  # v1 cannot say zero
     codes = np.clip(np.rint(weight / scales[group].astype(np.float32)) + zeros[group], 0, top).astype(np.int64)
-    values = (codes - zeros[group]).astype(np.float16) * scales[group]
+    values = product(codes - zeros[group], scales[group], rounded)
     tensors = {
         "qweight": torch.from_numpy(words_of(codes, bits)),
         "qzeros": torch.from_numpy(words_of((zeros - (version == 1)).T, bits).T.copy()),
@@ -107,8 +127,10 @@ def gptq(
     return tensors, values
 
 
-def quantize_folder(source: Path, target: Path, kind: str, **options: Any) -> Tensors:
+def quantize_folder(source: Path, target: Path, kind: str, *, rounded: bool = True, **options: Any) -> Tensors:
     """Write `target` as the EXL2 or GPTQ form of the dense folder `source`; return all its weights, dequantized.
+
+    rounded  see `exl2`; what is written does not depend on it
 
     The result is a state dict for the source's transformers model: "the same model on the dequantized weights".
     """
@@ -128,9 +150,9 @@ def quantize_folder(source: Path, target: Path, kind: str, **options: Any) -> Te
             continue
         weight = tensor.float().numpy().T
         tensors, values = (
-            exl2(weight, plan_for(weight.shape[0], number), number, permute=number % 5 != 0)
+            exl2(weight, plan_for(weight.shape[0], number), number, permute=number % 5 != 0, rounded=rounded)
             if kind == "exl2"
-            else gptq(weight, seed=number, **options)
+            else gptq(weight, seed=number, rounded=rounded, **options)
         )
         stem = name.removesuffix(".weight")
         stored.update({f"{stem}.{suffix}": value for suffix, value in tensors.items()})

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
+from .types import CacheType
 
 PAGE_SIZE = 256  # tokens of one page
 
@@ -15,20 +16,25 @@ PAGE_SIZE = 256  # tokens of one page
 class CacheGeometry:
     """The shape of the keys and values of one model; every layer has the same.
 
-    dtype      torch.float32 | torch.float16 | torch.bfloat16
+    type       how a key or a value is held
     page_size  tokens of one page; anything but the default is for tests
     """
 
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    type: CacheType
     page_size: int = PAGE_SIZE
+
+    @property
+    def row_lengths(self) -> tuple[int, int]:
+        """Elements of type.dtype that one head of keys takes, and one of values."""
+        return self.type.row_lengths(self.head_dim)
 
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return self.layers * self.kv_heads * sum(self.row_lengths) * self.type.dtype.itemsize
 
     @property
     def bytes_per_page(self) -> int:

@@ -11,8 +11,9 @@ ALIGNMENT = 64  # bytes; one cache line, and the widest vector register
 
 
 class KVStorage:
-    """Keys and values of every layer: (layers, 2, pages, page_size, kv_heads, head_dim) in one allocation.
+    """Keys and values of every layer, each (layers, pages, page_size, kv_heads, row) in one allocation.
 
+    row is head_dim elements, or the bytes of a quantized head (`ops.kv_quant`), for keys and values separately.
     Everything reads as zero until it is written. On the CPU untouched pages cost no physical memory, so a long
     context is paid for as it fills.
     """
@@ -24,24 +25,27 @@ class KVStorage:
         self.page_size = geometry.page_size
         self.device = torch.device(device)
         self.nbytes = pages * geometry.bytes_per_page
-        shape = (geometry.layers, 2, pages, geometry.page_size, geometry.kv_heads, geometry.head_dim)
+        shapes = [
+            (geometry.layers, pages, geometry.page_size, geometry.kv_heads, length) for length in geometry.row_lengths
+        ]
         # Lazily backed memory never fails here but kills the process later: so the check comes first.
         free = free_memory(self.device)
         if self.nbytes > free:
             raise self._too_large(free)
         try:
-            self._data = _zeros(shape, geometry.dtype, self.device)
+            self._keys, self._values = (_zeros(shape, geometry.type.dtype, self.device) for shape in shapes)
         except (MemoryError, RuntimeError) as err:  # torch's own out-of-memory errors are RuntimeErrors
             raise self._too_large(free) from err
-        self._layers = tuple((self._data[i, 0], self._data[i, 1]) for i in range(geometry.layers))
+        self._layers = tuple((self._keys[i], self._values[i]) for i in range(geometry.layers))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Key pages and value pages of one layer, each (pages, page_size, kv_heads, head_dim)."""
+        """Key pages and value pages of one layer, each (pages, page_size, kv_heads, row)."""
         return self._layers[index]
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first `tokens` tokens of one page to another, in every layer."""
-        self._data[:, :, target, :tokens] = self._data[:, :, source, :tokens]
+        for pages in (self._keys, self._values):
+            pages[:, target, :tokens] = pages[:, source, :tokens]
 
     def _too_large(self, free: int) -> OutOfMemory:
         geometry = self.geometry
@@ -49,7 +53,7 @@ class KVStorage:
         return OutOfMemory(
             f"the key/value cache for {self.pages * geometry.page_size} tokens needs {_size(self.nbytes)}, "
             f"{_size(free)} are free on {self.device}",
-            hint=f"{fitting} tokens would fit: lower --context, or choose a smaller cache type (--cache fp16)",
+            hint=f"{fitting} tokens would fit: lower --context, or choose a smaller cache type (--cache q8)",
         )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..config.spec import ModelSpec
 from ..ops.table import OpSet
 from .batch import ForwardBatch
-from .linear import Linear
+from .linear import Linear, project
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class Attention:
         self.spec = spec
         self.window = window
         self.query, self.key, self.value, self.out = query, key, value, out
+        self._inputs = (query, key, value)
         self.norms = norms
         self.ops = ops
 
@@ -43,9 +44,7 @@ class Attention:
         self, x: Tensor, batch: ForwardBatch, rope: tuple[Tensor, Tensor], k_pages: Tensor, v_pages: Tensor
     ) -> Tensor:
         spec, ops = self.spec, self.ops
-        q = self.query(x).view(-1, spec.heads, spec.head_dim)
-        k = self.key(x).view(-1, spec.kv_heads, spec.head_dim)
-        v = self.value(x).view(-1, spec.kv_heads, spec.head_dim)
+        q, k, v = (y.view(-1, y.shape[-1] // spec.head_dim, spec.head_dim) for y in project(self._inputs, x))
         if self.norms is not None:
             q = ops.rms_norm(q, self.norms.query, spec.norm_eps, spec.norm_weight_offset)
             k = ops.rms_norm(k, self.norms.key, spec.norm_eps, spec.norm_weight_offset)

@@ -1,8 +1,11 @@
 """A linear layer as the model uses it: a kernel for the stored matrix, and the bias around it."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..ops.linear.base import LinearKernel
+from ..ops.linear.packed_cpu import multiply_together
 
 
 class Linear:
@@ -23,3 +26,9 @@ class Linear:
         """Bytes held in memory by the kernel and the bias."""
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return self.kernel.storage_bytes + bias
+
+
+def project(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
+    """[linear(x) for linear in linears], in one go where the kernels can: x is then prepared once for all."""
+    results = multiply_together([linear.kernel for linear in linears], x)
+    return [y if linear.bias is None else y.add_(linear.bias) for linear, y in zip(linears, results, strict=True)]

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..ops.table import OpSet
-from .linear import Linear
+from .linear import Linear, project
 
 
 class Mlp:
@@ -17,7 +17,8 @@ class Mlp:
         self._gated = ops.gated
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._gated(self.gate(x), self.up(x), self.activation))
+        gate, up = project((self.gate, self.up), x)
+        return self.down(self._gated(gate, up, self.activation))
 
     @property
     def linears(self) -> tuple[Linear, ...]:

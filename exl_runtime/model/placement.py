@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from ..cache.geometry import PAGE_SIZE, CacheGeometry, free_memory
+from ..cache.types import FP16, FP32, CacheType, cache_type
 from ..config.spec import ModelSpec, MoeSpec
 from ..errors import BackendUnavailable, OutOfMemory, UsageError
 
-CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PREFILL_TOKENS = 512  # tokens of one forward pass at the most; sizes the working memory
 RESERVE = 512 << 20  # left to the system and to the Python process
 SPARE = 15  # contexts, and
@@ -48,32 +49,25 @@ def resolve_device(requested: str) -> torch.device:
     return device
 
 
-def resolve_cache_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """ "auto" | "fp32" | "fp16" | "bf16". auto is exact on the CPU (fp32) and half precision on a GPU."""
+def resolve_cache(requested: str, device: torch.device) -> CacheType:
+    """ "auto", or a name of `cache.names`. auto is exact on the CPU (fp32) and half precision on a GPU."""
     if requested == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if requested not in CACHE_DTYPES:
-        raise UsageError(f"unknown cache type {requested!r}", hint="use auto, fp32, fp16 or bf16")
-    return CACHE_DTYPES[requested]
+        return FP32 if device.type == "cpu" else FP16
+    return cache_type(requested)
 
 
 def resolve_dtype(requested: str) -> torch.dtype | None:
     """Element type of activations: "fp32" | "fp16" | "bf16"; None for "auto". Raises UsageError."""
     if requested == "auto":
         return None
-    if requested not in CACHE_DTYPES:
+    if requested not in DTYPES:
         raise UsageError(f"unknown element type {requested!r}", hint="use auto, fp32, fp16 or bf16")
-    return CACHE_DTYPES[requested]
+    return DTYPES[requested]
 
 
-def cache_name(dtype: torch.dtype) -> str:
-    """The name users know a cache dtype by."""
-    return next(name for name, known in CACHE_DTYPES.items() if known == dtype)
-
-
-def geometry_of(spec: ModelSpec, dtype: torch.dtype) -> CacheGeometry:
+def geometry_of(spec: ModelSpec, cache: CacheType) -> CacheGeometry:
     """The shape of one page of keys and values of this model."""
-    return CacheGeometry(layers=len(spec.layers), kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype)
+    return CacheGeometry(layers=len(spec.layers), kv_heads=spec.kv_heads, head_dim=spec.head_dim, type=cache)
 
 
 def working_bytes(spec: ModelSpec, tokens: int = PREFILL_TOKENS) -> int:
@@ -86,9 +80,9 @@ def working_bytes(spec: ModelSpec, tokens: int = PREFILL_TOKENS) -> int:
     return 4 * (tokens * per_token + 16 * spec.vocab_size)
 
 
-def plan(spec: ModelSpec, *, context: int, weight_bytes: int, dtype: torch.dtype) -> MemoryPlan:
+def plan(spec: ModelSpec, *, context: int, weight_bytes: int, cache: CacheType) -> MemoryPlan:
     """What a context of `context` tokens costs beside `weight_bytes` of weights."""
-    geometry = geometry_of(spec, dtype)
+    geometry = geometry_of(spec, cache)
     # One page more than the context: a shared page is copied before a second sequence writes to it.
     pages = geometry.pages_for(context) + 1
     return MemoryPlan(
@@ -99,30 +93,30 @@ def plan(spec: ModelSpec, *, context: int, weight_bytes: int, dtype: torch.dtype
     )
 
 
-def cache_pages(spec: ModelSpec, context: int, *, dtype: torch.dtype, device: torch.device) -> int:
+def cache_pages(spec: ModelSpec, context: int, *, cache: CacheType, device: torch.device) -> int:
     """Pages for one full context and a copied page, and as many more as memory allows, up to SPARE contexts.
 
     The spare ones serve batches and remember earlier prompts. On the CPU they cost nothing until they are used.
     """
-    geometry = geometry_of(spec, dtype)
+    geometry = geometry_of(spec, cache)
     least = geometry.pages_for(context) + 1
     fitting = int(free_memory(device) * SHARE * SHARE) // geometry.bytes_per_page
     spare = min(SPARE * geometry.pages_for(context), SPARE_TOKENS // PAGE_SIZE)
     return max(least, min(least + spare, fitting))
 
 
-def auto_context(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> int:
+def auto_context(spec: ModelSpec, *, cache: CacheType, device: torch.device) -> int:
     """The longest context, up to the model's own, whose cache fits into the memory that is free now.
 
     Call after the weights are loaded. Raises OutOfMemory when not even one page fits.
     """
-    geometry = geometry_of(spec, dtype)
+    geometry = geometry_of(spec, cache)
     free = free_memory(device) - working_bytes(spec) - min(RESERVE, free_memory(device) // 4)
     pages = int(free * SHARE) // geometry.bytes_per_page - 1
     if pages < 1:
         raise OutOfMemory(
             f"{free_memory(device) / 2**30:.1f} GiB are free on {device}: too little for a cache page of "
             f"{geometry.bytes_per_page / 2**20:.0f} MiB",
-            hint="close other programs, or choose --cache fp16",
+            hint="close other programs, or choose a smaller cache type (--cache q8)",
         )
     return min(spec.context_length, pages * PAGE_SIZE)

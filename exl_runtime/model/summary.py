@@ -13,7 +13,7 @@ from ..config.read import load_config
 from ..config.resolve import resolve
 from ..config.spec import MlpSpec, ModelSpec
 from ..formats.detect import MARKERS
-from .placement import cache_name, plan, resolve_cache_dtype
+from .placement import plan, resolve_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class ModelSummary:
     kinds: tuple[KindSummary, ...]
     context_length: int
     context: int
-    cache_dtype: str
+    cache_dtype: str  # type of keys and values: "fp16", "q8", "k6v4" ...
     cache_bytes: int
     working_bytes: int
     total_bytes: int
@@ -81,12 +81,12 @@ def summarize(
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     where = torch.device(device)
-    dtype = resolve_cache_dtype(cache, where)
+    kind = resolve_cache(cache, where)
     with Checkpoint.open(folder) as checkpoint:
         stored = stored_weights(checkpoint, spec)
         file_bytes = checkpoint.total_bytes
     weight_bytes = stored.nbytes
-    needed = plan(spec, context=context or spec.context_length, weight_bytes=weight_bytes, dtype=dtype)
+    needed = plan(spec, context=context or spec.context_length, weight_bytes=weight_bytes, cache=kind)
     return ModelSummary(
         name=folder.resolve().name,
         path=str(folder),
@@ -99,7 +99,7 @@ def summarize(
         kinds=stored.kinds,
         context_length=spec.context_length,
         context=needed.context,
-        cache_dtype=cache_name(dtype),
+        cache_dtype=kind.name,
         cache_bytes=needed.cache_bytes,
         working_bytes=needed.working_bytes,
         total_bytes=needed.total_bytes,

@@ -1,6 +1,8 @@
 // Attention over the paged cache. Contract: cpu/attention.h.
 #include "../cpu/attention.h"
 
+#include "../common/kv_rows.h"
+
 #include <cmath>
 #include <limits>
 
@@ -32,12 +34,19 @@ void check_tables(const AttentionArgs& a, int64_t tokens, int64_t pages) {
 Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& q_starts,
                           const Tensor& kv_lengths, const Tensor& pages, double scale, std::optional<int64_t> window,
                           std::optional<double> softcap) {
+  AttentionArgs a{};
   check_cpu(kOp, "q", q, ScalarType::Float);
   check_shape(kOp, "q", q, {-1, -1, -1});
-  const Dtype dtype = check_cpu_float(kOp, "k_pages", k_pages);
+  const bool quantized = k_pages.scalar_type() == ScalarType::Byte;
+  const int64_t wide = quantized ? -1 : q.size(2);
+  if (quantized) {
+    check_cpu(kOp, "k_pages", k_pages, ScalarType::Byte);
+  } else {
+    a.dtype = check_cpu_float(kOp, "k_pages", k_pages);
+  }
   check_cpu(kOp, "v_pages", v_pages, k_pages.scalar_type());
-  check_shape(kOp, "k_pages", k_pages, {-1, -1, -1, q.size(2)});
-  check_shape(kOp, "v_pages", v_pages, {k_pages.size(0), k_pages.size(1), k_pages.size(2), q.size(2)});
+  check_shape(kOp, "k_pages", k_pages, {-1, -1, -1, wide});
+  check_shape(kOp, "v_pages", v_pages, {k_pages.size(0), k_pages.size(1), k_pages.size(2), wide});
   check_cpu(kOp, "q_starts", q_starts, ScalarType::Int);
   check_cpu(kOp, "kv_lengths", kv_lengths, ScalarType::Int);
   check_cpu(kOp, "pages", pages, ScalarType::Int);
@@ -46,7 +55,6 @@ Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& 
   check_shape(kOp, "q_starts", q_starts, {sequences + 1});
   check_shape(kOp, "pages", pages, {sequences, -1});
 
-  AttentionArgs a{};
   a.heads = q.size(1);
   a.head_dim = q.size(2);
   a.page_size = k_pages.size(1);
@@ -54,6 +62,12 @@ Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& 
   EXL_CHECK(a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0, "exl::", kOp, ": ", a.heads,
             " query heads are not a multiple of ", a.kv_heads, " key/value heads");
   EXL_CHECK(a.head_dim > 0 && a.page_size > 0, "exl::", kOp, ": empty heads or pages, got ", describe(k_pages));
+  if (quantized) {
+    a.key_bits = kv_bits(k_pages.size(3), a.head_dim);
+    a.value_bits = kv_bits(v_pages.size(3), a.head_dim);
+    EXL_CHECK(a.key_bits > 0 && a.value_bits > 0, "exl::", kOp, ": rows of ", k_pages.size(3), " and ",
+              v_pages.size(3), " bytes hold no quantized heads of ", a.head_dim, " values");
+  }
   a.window = window.value_or(std::numeric_limits<int64_t>::max());
   EXL_CHECK(a.window > 0, "exl::", kOp, ": window must be positive or None, got ", a.window);
   a.softcap = float(softcap.value_or(0.0));
@@ -62,7 +76,6 @@ Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& 
   a.scale = float(scale);
   a.sequences = sequences;
   a.table_width = pages.size(1);
-  a.dtype = dtype;
   a.q_starts = static_cast<const int32_t*>(q_starts.data_ptr());
   a.kv_lengths = static_cast<const int32_t*>(kv_lengths.data_ptr());
   a.page_table = static_cast<const int32_t*>(pages.data_ptr());

@@ -1,57 +1,114 @@
-// torch.ops.exl.fill_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py
+// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py
 #include "../cpu/tiles.h"
 
 #include "../common/bitstream.h"
-#include "../cpu/linear.h"
 #include "checks.h"
 
 namespace exl {
 namespace {
 
-// words int32 (rows, columns >= outputs); order int32 (positions,) or none; codes uint8, the whole padded buffer, of
-// which bytes [filled, filled + this region) of every tile are written.
-void op_fill_tiles(const Tensor& words, const std::optional<Tensor>& order, const Tensor& codes, int64_t bits,
-                   int64_t outputs, int64_t filled) {
-  const char* op = "fill_tiles";
-  check_cpu(op, "words", words, ScalarType::Int);
-  check_shape(op, "words", words, {-1, -1});
-  check_cpu(op, "codes", codes, ScalarType::Byte);
-  EXL_CHECK(bits >= 2 && bits <= 8 && legal_width(int(bits)), "exl::fill_tiles: no codes have ", bits, " bits");
-  EXL_CHECK(outputs >= 0 && outputs <= words.size(1), "exl::fill_tiles: ", outputs, " outputs of ", describe(words));
-  TileRegion r{};
-  r.words = static_cast<const int32_t*>(words.data_ptr());
-  r.word_rows = words.size(0);
-  r.stride = words.size(1);
-  r.outputs = outputs;
-  r.bits = int(bits);
-  const int64_t rows = r.word_rows * 32 / bits;
-  EXL_CHECK(r.word_rows * 32 % (8 * bits) == 0, "exl::fill_tiles: ", r.word_rows, " words are not whole codes");
-  r.positions = rows;
-  if (order.has_value()) {
-    check_cpu(op, "order", *order, ScalarType::Int);
-    check_shape(op, "order", *order, {-1});
-    r.order = static_cast<const int32_t*>(order->data_ptr());
-    r.positions = order->size(0);
-    for (int64_t i = 0; i < r.positions; ++i) {
-      EXL_CHECK(r.order[i] >= -1 && r.order[i] < rows, "exl::fill_tiles: order[", i, "] is ", r.order[i], " of ", rows);
-    }
+const int32_t* int32_pointer(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  check_cpu("pack_tiles", name, t, ScalarType::Int);
+  check_shape("pack_tiles", name, t, shape);
+  return static_cast<const int32_t*>(t.data_ptr());
+}
+
+// All entries in -1 .. limit - 1.
+void check_range(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    EXL_CHECK(values[i] >= -1 && values[i] < limit, "exl::pack_tiles: ", name, "[", i, "] is ", values[i], " of ",
+              limit);
   }
-  EXL_CHECK(r.positions % kStepCodes == 0, "exl::fill_tiles: ", r.positions, " positions are not whole steps");
-  const int64_t tiles = (outputs + kTileColumns - 1) / kTileColumns, size = codes.numel() - 2 * kCodePadding;
-  if (tiles == 0 || r.positions == 0) return;
-  r.tile_bytes = size / tiles;
-  const int64_t end = filled + r.positions / kStepCodes * kTileColumns * step_bytes(int(bits));
-  EXL_CHECK(size >= 0 && size % tiles == 0 && filled >= 0 && end <= r.tile_bytes, "exl::fill_tiles: bytes ", filled,
-            " to ", end, " of each of ", tiles, " tiles do not fit ", describe(codes));
-  r.tiles = static_cast<uint8_t*>(codes.data_ptr()) + kCodePadding + filled;
-  fill_tiles(r);
+}
+
+std::vector<Span> read_spans(const Tensor& table, int64_t groups) {
+  const int32_t* row = int32_pointer("spans", table, {-1, 3});
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < table.size(0); ++i, row += 3) {
+    const Span s{row[0], row[1], row[2], 0};
+    const int32_t last = spans.empty() ? -1 : spans.back().group;
+    EXL_CHECK(legal_width(s.bits) && s.units >= 1 && s.units <= kSpanUnits && s.group <= last + 1 && s.group >= last &&
+                  s.group >= 0 && s.group < groups,
+              "exl::pack_tiles: span ", i, " is (", s.bits, " bits, group ", s.group, " after ", last, ", ", s.units,
+              " units); ", groups, " groups");
+    spans.push_back(s);
+  }
+  return spans;
+}
+
+// Fills `out`, uint8 (bytes,), if it is given. Returns the bytes that it must have.
+int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optional<Tensor>& order,
+                      const std::optional<Tensor>& rows, const Tensor& scales, const std::optional<Tensor>& tables,
+                      const std::optional<Tensor>& zeros, int64_t zero_base, int64_t inputs, int64_t outputs,
+                      const std::optional<Tensor>& out) {
+  const char* op = "pack_tiles";
+  TileSource s{};
+  s.words = int32_pointer("words", words, {-1, -1});
+  s.word_rows = words.size(0);
+  s.stride = words.size(1);
+  s.inputs = inputs;
+  s.outputs = outputs;
+  EXL_CHECK(outputs >= 0 && outputs <= s.stride && inputs >= 0, "exl::pack_tiles: ", inputs, " x ", outputs, " of ",
+            describe(words));
+  check_shape(op, "scales", scales, {-1, -1});
+  s.groups = scales.size(0);
+  const std::vector<Span> list = read_spans(spans, s.groups);
+  s.spans = list.data();
+  s.span_count = int64_t(list.size());
+  int64_t bits = 0;
+  for (const Span& span : list) {
+    s.positions += span.units * kUnit;
+    bits += span.units * kUnit * span.bits;
+    EXL_CHECK(!order.has_value() || span.bits == list[0].bits, "exl::pack_tiles: order is for matrices of one width");
+  }
+  if (order.has_value()) {
+    s.order = int32_pointer("order", *order, {s.positions});
+    check_range("order", s.order, s.positions, list.empty() ? 0 : s.word_rows * 32 / list[0].bits);
+  } else {
+    EXL_CHECK(bits == s.word_rows * 32, "exl::pack_tiles: spans hold ", bits, " bits of ", s.word_rows * 32);
+  }
+  if (rows.has_value()) {
+    s.rows = int32_pointer("rows", *rows, {s.positions});
+    check_range("rows", s.rows, s.positions, inputs);
+  } else {
+    EXL_CHECK(s.positions == inputs, "exl::pack_tiles: ", s.positions, " positions for ", inputs, " inputs in order");
+  }
+  if (tables.has_value()) {
+    s.kind = ScaleKind::exl2;
+    s.scale_words = reinterpret_cast<const uint32_t*>(int32_pointer("scales", scales, {-1, -1}));
+    s.scale_stride = scales.size(1);
+    EXL_CHECK(s.scale_stride * 8 >= outputs, "exl::pack_tiles: ", outputs, " outputs, scales ", describe(scales));
+    check_cpu(op, "tables", *tables, ScalarType::Float);
+    check_shape(op, "tables", *tables, {s.groups, 16});
+    s.tables = static_cast<const float*>(tables->data_ptr());
+  } else {
+    s.kind = zeros.has_value() ? ScaleKind::zeros : ScaleKind::symmetric;
+    check_cpu(op, "scales", scales, ScalarType::Half);
+    check_shape(op, "scales", scales, {s.groups, outputs});
+    s.scales = static_cast<const uint16_t*>(scales.data_ptr());
+  }
+  if (zeros.has_value()) {
+    check_cpu(op, "zeros", *zeros, ScalarType::Byte);
+    check_shape(op, "zeros", *zeros, {s.groups, outputs});
+    s.zeros = static_cast<const uint8_t*>(zeros->data_ptr());
+    s.zero_base = zero_base;
+  }
+  const int64_t bytes = packed_header(s).bytes;
+  if (out.has_value()) {
+    check_cpu(op, "out", *out, ScalarType::Byte);
+    check_shape(op, "out", *out, {bytes});
+    pack_tiles(s, static_cast<uint8_t*>(out->data_ptr()));
+  }
+  return bytes;
 }
 
 }  // namespace
 }  // namespace exl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
-  m.def("fill_tiles(Tensor words, Tensor? order, Tensor(a!) codes, int bits, int outputs, int filled) -> ()");
+  m.def(
+      "pack_tiles(Tensor words, Tensor spans, Tensor? order, Tensor? rows, Tensor scales, Tensor? tables, "
+      "Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("fill_tiles", TORCH_BOX(&exl::op_fill_tiles)); }
+STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("pack_tiles", TORCH_BOX(&exl::op_pack_tiles)); }

@@ -7,8 +7,10 @@
 #include <limits>
 #include <vector>
 
+#include "../common/kv_rows.h"
 #include "attention_isa.h"
 #include "isa.h"
+#include "row_kernels.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -55,6 +57,7 @@ class Job {
   }
 
   void run() {
+    if (a_.key_bits != 0) rotate_queries();
     const int64_t team = threads(), items = int64_t(items_.size());
     const bool few_items = team > 1 && items < 4 * team;
     std::vector<int64_t> whole, first_part(size_t(items), -1);
@@ -80,7 +83,7 @@ class Job {
       }
     }
     static thread_local Scratch memory;
-    slot_size_ = 2 * state_size() + kMostRows * (padded_ + kChunk) + 2 * kChunk * padded_;
+    slot_size_ = 2 * state_size() + kMostRows * (padded_ + kChunk) + panel_floats(padded_);
     scratch_ = memory.floats(team * slot_size_ + int64_t(parts.size()) * state_size(most_rows));
     float* partial = scratch_ + team * slot_size_;
 
@@ -131,7 +134,7 @@ class Job {
     });
   }
 
-  // Slot memory: two states, the queries of an item, their scores, panels of keys and values.
+  // Slot memory: two states, the queries of an item, their scores, a panel of keys or values.
   float* queries(float* slot) const { return slot + 2 * state_size(); }
   int64_t state_size(int64_t rows = kMostRows) const { return rows * (padded_ + 2); }
 
@@ -152,9 +155,24 @@ class Job {
     return (token * a_.heads + item.kv_head * group_ + n % group_) * a_.head_dim;
   }
 
+  // Keys are stored rotated, so the queries meet them rotated. All at once: every part of an item loads its queries.
+  void rotate_queries() {
+    static thread_local Scratch memory;
+    const int64_t count = a_.q_starts[a_.sequences] * a_.heads;
+    float* rotated = memory.floats(count * a_.head_dim);
+    const RowKernels& rows = row_kernels();
+    const auto body = [&](int64_t begin, int64_t end) {
+      const size_t bytes = size_t((end - begin) * a_.head_dim) * sizeof(float);
+      std::memcpy(rotated + begin * a_.head_dim, a_.q + begin * a_.head_dim, bytes);
+      for (int64_t n = begin; n < end; ++n) rows.rotate(rotated + n * a_.head_dim, a_.head_dim);
+    };
+    parallel_for(count, body, 1 + kGrainCycles / a_.head_dim);
+    q_ = rotated;
+  }
+
   void load_queries(const Item& item, float* q) const {
     for (int64_t r = 0; r < item.rows; ++r, q += padded_) {
-      std::memcpy(q, a_.q + offset(item, r), size_t(a_.head_dim) * sizeof(float));
+      std::memcpy(q, q_ + offset(item, r), size_t(a_.head_dim) * sizeof(float));
       for (int64_t d = a_.head_dim; d < padded_; ++d) q[d] = 0.0f;
     }
   }
@@ -171,7 +189,7 @@ class Job {
   // q: the item's queries, then scratch for scores and panels.
   // The pointers of a chunk's keys are looked up one by one: pages of any size, in any order.
   void attend(const Item& item, int64_t chunk, float* q, const AttentionState& to) const {
-    const int64_t base = chunk * kChunk, element = a_.dtype == Dtype::float32 ? 4 : 2;
+    const int64_t base = chunk * kChunk;
     int64_t begin[kMostRows], end[kMostRows], first = kChunk, last = 0;
     for (int64_t r = 0; r < item.rows; ++r) {
       const int64_t index = index_of(item, r), low = oldest(index) - base, high = index + 1 - base;
@@ -184,16 +202,31 @@ class Job {
     if (first >= last) first = last = 0;
     const void *keys[kChunk], *values[kChunk];
     const int32_t* pages = a_.page_table + item.sequence * a_.table_width;
-    for (int64_t j = first; j < last; ++j) {
-      const int64_t key = base + j, slot = int64_t(pages[key / a_.page_size]) * a_.page_size + key % a_.page_size;
-      const int64_t at = (slot * a_.kv_heads + item.kv_head) * a_.head_dim * element;
-      keys[j] = static_cast<const char*>(a_.k_pages) + at;
-      values[j] = static_cast<const char*>(a_.v_pages) + at;
+    const int64_t key_bytes = head_bytes(a_.key_bits), value_bytes = head_bytes(a_.value_bits);
+    for (int64_t j = first; j < last;) {
+      const int64_t page = (base + j) / a_.page_size, start = page * a_.page_size - base;
+      const int64_t stop = start + a_.page_size < last ? start + a_.page_size : last;
+      int64_t head = (int64_t(pages[page]) * a_.page_size + j - start) * a_.kv_heads + item.kv_head;
+      for (; j < stop; ++j, head += a_.kv_heads) {
+        keys[j] = static_cast<const char*>(a_.k_pages) + head * key_bytes;
+        values[j] = static_cast<const char*>(a_.v_pages) + head * value_bytes;
+      }
     }
-    float* scores = q + kMostRows * padded_;
-    const AttentionChunk c{q,    item.rows, a_.head_dim, padded_,    keys,   values, a_.dtype, first,
-                           last, begin,     end,         a_.scale, a_.softcap, scores, scores + kMostRows * kChunk};
+    AttentionChunk c{};
+    c.q = q, c.rows = item.rows;
+    c.head_dim = a_.head_dim, c.padded_dim = padded_;
+    c.keys = keys, c.values = values;
+    c.dtype = a_.dtype, c.key_bits = a_.key_bits, c.value_bits = a_.value_bits;
+    c.first = first, c.last = last, c.begin = begin, c.end = end;
+    c.scale = a_.key_bits != 0 ? a_.scale / kv_middle(a_.key_bits) : a_.scale;
+    c.softcap = a_.softcap;
+    c.scores = q + kMostRows * padded_;
+    c.panel = c.scores + kMostRows * kChunk;
     kernels_.attend(c, to);
+  }
+
+  int64_t head_bytes(int bits) const {
+    return bits != 0 ? kv_row_bytes(a_.head_dim, bits) : a_.head_dim * element_bytes(a_.dtype);
   }
 
   void finish(const Item& item, float* memory) const {
@@ -202,10 +235,14 @@ class Job {
       float* out = a_.out + offset(item, r);
       const float* mixed = total.mixed + r * padded_;
       for (int64_t d = 0; d < a_.head_dim; ++d) out[d] = mixed[d] / total.sum[r];
+      if (a_.value_bits == 0) continue;
+      row_kernels().rotate(out, a_.head_dim);
+      for (int64_t d = 0; d < a_.head_dim; ++d) out[d] /= kv_middle(a_.value_bits);
     }
   }
 
   const AttentionArgs& a_;
+  const float* q_ = a_.q;
   const AttentionIsa& kernels_;
   const int64_t group_, padded_;
   std::vector<Item> items_;

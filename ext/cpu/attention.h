@@ -2,7 +2,8 @@
 //
 //   q            float32 (T, heads, head_dim): the new tokens of all sequences, one after another
 //   k, v pages   float32, half or bfloat16 (pages, page_size, kv_heads, head_dim); query head h reads head
-//                h / (heads / kv_heads)
+//                h / (heads / kv_heads). Or quantized: rows of codes in place of heads, see ../common/kv_rows.h; they
+//                are widened a few at a time, queries are rotated first and what is mixed is rotated back
 //   q_starts     (sequences + 1): sequence s owns rows q_starts[s] .. q_starts[s + 1] - 1 of q
 //   kv_lengths   (sequences): its keys, the new tokens included; not fewer than its rows
 //   page_table   (sequences, table_width): key j lies in page [j / page_size] at offset j % page_size
@@ -33,6 +34,7 @@ struct AttentionArgs {
   const void* k_pages;
   const void* v_pages;
   Dtype dtype;
+  int key_bits, value_bits;  // widths of the codes; both 0: elements of dtype
   const int32_t* q_starts;
   const int32_t* kv_lengths;
   const int32_t* page_table;

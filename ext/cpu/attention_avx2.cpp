@@ -1,5 +1,6 @@
 // The attention kernels: AVX2 with FMA and F16C.
 #include "attention_kernel.h"
+#include "codes_avx2.h"
 #include "lanes_avx2.h"
 
 namespace exl {
@@ -7,7 +8,10 @@ namespace {
 
 struct Avx2 {
   using Part = Part256;
+  template <int bits>
+  using Codes = CodesAvx2<bits>;
   static constexpr int tile_rows = 3;
+  static constexpr int code_rows = 2;
 };
 
 constexpr AttentionIsa table = attention_isa<Avx2>();

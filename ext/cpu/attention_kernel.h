@@ -1,7 +1,11 @@
-// The attention kernels, written once over an instruction set I (Part, tile_rows). Included by attention_portable.cpp,
+// The attention kernels, written once over an instruction set I (Part, tile_rows, and what attention_codes.h needs).
+// Included by attention_portable.cpp,
 // attention_avx2.cpp and attention_avx512.cpp only; internal linkage, see isa.h.
 #pragma once
 
+#include <cstring>
+
+#include "attention_codes.h"
 #include "attention_isa.h"
 #include "lanes.h"
 #include "lanes_math.h"
@@ -19,17 +23,8 @@ EXL_INLINE float sum_of(const Lanes<P>& a) {
   return sums[0];
 }
 
-constexpr int64_t kAhead = 16;  // keys
-
-// Into the second-level cache: the keys and values of a chunk together exceed the first.
-template <class T>
-EXL_INLINE void fetch_ahead(const T* row, int64_t count) {
-  if (row == nullptr) return;
-  for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, 0, 2);
-}
-
-// Raw products q.k of R rows from row `row` on with keys [first, last).
-template <class I, class T, int R>
+// Raw products q.k of R rows from row `row` on with keys [first, last). `far`: keys and values lie in the pages.
+template <class I, class T, int R, bool far>
 void score_rows(const AttentionChunk& a, int64_t row) {
   const T* const* keys = reinterpret_cast<const T* const*>(a.keys);
   for (int64_t j = a.first / 4 * 4; j < a.last; j += 4) {
@@ -38,7 +33,7 @@ void score_rows(const AttentionChunk& a, int64_t row) {
       const int64_t key = j + c < a.first ? a.first : j + c < a.last ? j + c : a.last - 1;
       columns[c] = keys[key];
     }
-    if (row == 0) {  // keys of one head lie far apart, where no hardware prefetcher follows; the values come next
+    if (far && row == 0) {  // keys of a head lie far apart, where no hardware prefetcher follows; the values come next
       for (int64_t c = 0; c < 4; ++c) {
         fetch_ahead(j + c + kAhead < a.last ? keys[j + c + kAhead] : nullptr, a.head_dim);
         fetch_ahead(j + c >= a.first && j + c < a.last ? static_cast<const T*>(a.values[j + c]) : nullptr, a.head_dim);
@@ -88,13 +83,14 @@ void weigh_row(const AttentionChunk& a, int64_t row, const AttentionState& to) {
   to.sum[row] = sum_of(sum);
 }
 
-// Weighted values of R rows, `C` registers of the head dimension from element `d` on.
-template <class I, class T, int R, int C>
+// Weighted values of R rows, `C` registers of the head dimension from element `d` on; with `add`, to what is there.
+template <class I, class T, int R, int C, bool add>
 EXL_INLINE void mix_tile(const AttentionChunk& a, int64_t row, int64_t d, float* mixed) {
   using P = typename I::Part;
   P sum[R][C];
   EXL_UNROLL for (int r = 0; r < R; ++r) {
-    EXL_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = P::all(0.0f);
+    const float* from = mixed + (row + r) * a.padded_dim + d;
+    EXL_UNROLL for (int c = 0; c < C; ++c) sum[r][c] = add ? P::load(from + c * P::width) : P::all(0.0f);
   }
   const T* const* values = reinterpret_cast<const T* const*>(a.values);
   const float* weights = a.scores + row * kChunk;
@@ -117,71 +113,96 @@ EXL_INLINE void mix_tile(const AttentionChunk& a, int64_t row, int64_t d, float*
   }
 }
 
-template <class I, class T, int R>
+template <class I, class T, int R, bool add>
 void mix_rows(const AttentionChunk& a, int64_t row, float* mixed) {
   constexpr int64_t width = I::Part::width;
   int64_t d = 0;
-  for (; d + 4 * width <= a.padded_dim; d += 4 * width) mix_tile<I, T, R, 4>(a, row, d, mixed);
-  for (; d < a.padded_dim; d += width) mix_tile<I, T, R, 1>(a, row, d, mixed);
+  for (; d + 4 * width <= a.padded_dim; d += 4 * width) mix_tile<I, T, R, 4, add>(a, row, d, mixed);
+  for (; d < a.padded_dim; d += width) mix_tile<I, T, R, 1, add>(a, row, d, mixed);
 }
 
-// Calls f(row, R) for tiles of R rows, R a compile-time constant: the largest that fit, so that keys are read rarely.
-template <class I, class F>
-EXL_INLINE void each_tile(int64_t rows, const F& f) {
-  constexpr int most = I::tile_rows, middle = most > 4 ? 4 : most;
-  int64_t row = 0;
-  for (; row + most <= rows; row += most) f(row, Constant<most>());
-  if (most > middle && row + middle <= rows) f(row, Constant<middle>()), row += middle;
-  for (; row + 2 <= rows; row += 2) f(row, Constant<2>());
-  if (row < rows) f(row, Constant<1>());
-}
-
+// Reads keys and values where they are.
 template <class I, class T>
-void attend_type(const AttentionChunk& a, const AttentionState& to) {
-  each_tile<I>(a.rows, [&](int64_t row, auto r) { score_rows<I, T, decltype(r)::value>(a, row); });
+void attend_direct(const AttentionChunk& a, const AttentionState& to) {
+  each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) { score_rows<I, T, decltype(r)::value, true>(a, row); });
   for (int64_t row = 0; row < a.rows; ++row) weigh_row<I>(a, row, to);
-  each_tile<I>(a.rows, [&](int64_t row, auto r) { mix_rows<I, T, decltype(r)::value>(a, row, to.mixed); });
+  each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) {
+    mix_rows<I, T, decltype(r)::value, false>(a, row, to.mixed);
+  });
 }
 
-// Copies keys and values to float32 panels and works on those: widening is exact, so the results are the same. It pays
-// as soon as several register tiles read the chunk.
+// `count` heads to rows of a panel, zeros or anything finite behind head_dim; `ahead` pointers may be looked at.
+using Widen = void (*)(const void* const* heads, int64_t count, int64_t ahead, int64_t head_dim, int64_t padded_dim,
+                       float* panel);
+
 template <class I, class T>
-void attend_panels(const AttentionChunk& a, const AttentionState& to) {
-  using L = Lanes<typename I::Part>;
-  const void* keys[kChunk];
-  const void* values[kChunk];
-  const auto widen = [&](const void* from, float* panel, const void*& pointer) {
-    for (int64_t d = 0; d < a.head_dim; d += 16) {
-      L::load_part(static_cast<const T*>(from) + d, a.head_dim - d).store(panel + d);
+void widen_elements(const void* const* heads, int64_t count, int64_t ahead, int64_t head_dim, int64_t padded_dim,
+                    float* panel) {
+  for (int64_t j = 0; j < count; ++j, panel += padded_dim) {
+    const T* head = static_cast<const T*>(heads[j]);
+    fetch_ahead(j + kAhead < ahead ? static_cast<const T*>(heads[j + kAhead]) : nullptr, head_dim);
+    for (int64_t d = 0; d < head_dim; d += 16) {
+      Lanes<typename I::Part>::load_part(head + d, head_dim - d).store(panel + d);
     }
-    pointer = panel;
-  };
-  for (int64_t j = a.first; j < a.last; ++j) {
-    fetch_ahead(j + kAhead < a.last ? static_cast<const T*>(a.keys[j + kAhead]) : nullptr, a.head_dim);
-    fetch_ahead(j + kAhead < a.last ? static_cast<const T*>(a.values[j + kAhead]) : nullptr, a.head_dim);
-    widen(a.keys[j], a.panels + j * a.padded_dim, keys[j]);
-    widen(a.values[j], a.panels + (kChunk + j) * a.padded_dim, values[j]);
   }
-  AttentionChunk packed = a;
-  packed.keys = keys;
-  packed.values = values;
-  packed.dtype = Dtype::float32;
-  attend_type<I, float>(packed, to);
+}
+
+template <class I>
+Widen widening(Dtype dtype, int bits) {
+  if (bits != 0) return code_kernels<I>(bits).widen;
+  switch (dtype) {
+    case Dtype::float16: return &widen_elements<I, Half>;
+    case Dtype::bfloat16: return &widen_elements<I, BFloat16>;
+    default: return &widen_elements<I, float>;
+  }
+}
+
+// Widens some keys to a float32 panel and works on that, then the next ones. Nothing is rounded and the order of
+// operations is that of attend_direct, so the results are the same. It pays as soon as several register tiles read the
+// chunk.
+template <class I>
+void attend_panels(const AttentionChunk& a, const AttentionState& to) {
+  const int64_t step = panel_keys(a.padded_dim);
+  const void* heads[kChunk];
+  const auto each_panel = [&](const void* const* from, Widen widen, const auto& body) {
+    for (int64_t j = a.first / step * step; j < a.last; j += step) {
+      AttentionChunk part = a;
+      part.head_dim = a.padded_dim;
+      part.first = j < a.first ? a.first : j;
+      part.last = j + step < a.last ? j + step : a.last;
+      widen(from + part.first, part.last - part.first, a.last - part.first, a.head_dim, a.padded_dim, a.panel);
+      for (int64_t i = part.first; i < part.last; ++i) heads[i] = a.panel + (i - part.first) * a.padded_dim;
+      part.keys = part.values = heads;
+      body(part);
+    }
+  };
+  each_panel(a.keys, widening<I>(a.dtype, a.key_bits), [&](const AttentionChunk& part) {
+    each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) {
+      score_rows<I, float, decltype(r)::value, false>(part, row);
+    });
+  });
+  for (int64_t row = 0; row < a.rows; ++row) weigh_row<I>(a, row, to);
+  std::memset(to.mixed, 0, size_t(a.rows * a.padded_dim) * sizeof(float));
+  each_panel(a.values, widening<I>(a.dtype, a.value_bits), [&](const AttentionChunk& part) {
+    each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) {
+      mix_rows<I, float, decltype(r)::value, true>(part, row, to.mixed);
+    });
+  });
 }
 
 template <class I>
 void attend(const AttentionChunk& a, const AttentionState& to) {
-  if (a.rows > 2 * I::tile_rows) {
-    switch (a.dtype) {
-      case Dtype::float32: return attend_panels<I, float>(a, to);
-      case Dtype::float16: return attend_panels<I, Half>(a, to);
-      case Dtype::bfloat16: return attend_panels<I, BFloat16>(a, to);
-    }
+  if (a.key_bits != 0) {
+    if (a.rows > I::code_rows) return attend_panels<I>(a, to);  // decoding once is worth a copy
+    code_kernels<I>(a.key_bits).score(a);
+    for (int64_t row = 0; row < a.rows; ++row) weigh_row<I>(a, row, to);
+    return code_kernels<I>(a.value_bits).mix(a, to.mixed);
   }
+  if (a.rows > 2 * I::tile_rows) return attend_panels<I>(a, to);
   switch (a.dtype) {
-    case Dtype::float32: return attend_type<I, float>(a, to);
-    case Dtype::float16: return attend_type<I, Half>(a, to);
-    case Dtype::bfloat16: return attend_type<I, BFloat16>(a, to);
+    case Dtype::float32: return attend_direct<I, float>(a, to);
+    case Dtype::float16: return attend_direct<I, Half>(a, to);
+    case Dtype::bfloat16: return attend_direct<I, BFloat16>(a, to);
   }
 }
 

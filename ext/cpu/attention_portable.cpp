@@ -1,5 +1,6 @@
 // The attention kernels: plain C++.
 #include "attention_kernel.h"
+#include "codes_portable.h"
 #include "lanes_portable.h"
 
 namespace exl {
@@ -7,7 +8,10 @@ namespace {
 
 struct Portable {
   using Part = Part128;
+  template <int bits>
+  using Codes = CodesPortable<bits>;
   static constexpr int tile_rows = 2;
+  static constexpr int code_rows = 2;
 };
 
 constexpr AttentionIsa table = attention_isa<Portable>();

@@ -5,7 +5,7 @@
 //   slots  int64 (tokens), each in [0, pages * page_size): checked by the caller through bad_slot. Distinct: with a
 //          repeated slot it is not defined which token stays
 //
-// Reference: exl_runtime/ops/attention/reference.py. Test: tests/ops/test_native_small.py
+// Reference: exl_runtime/ops/kv_append.py. Test: tests/ops/test_native_small.py, tests/ops/test_kv_quant.py
 #pragma once
 
 #include <cstdint>
@@ -19,5 +19,9 @@ int64_t bad_slot(const int64_t* slots, int64_t tokens, int64_t slot_count);
 
 void kv_append(const void* x, Dtype from_dtype, void* pages, Dtype to_dtype, const int64_t* slots, int64_t tokens,
                int64_t width, int64_t x_stride);
+
+// The same into quantized pages, (pages * page_size, kv_heads) rows of codes of `bits` bits: see ../common/kv_rows.h.
+void kv_append_codes(const void* x, Dtype from_dtype, uint8_t* pages, int bits, const int64_t* slots, int64_t tokens,
+                     int64_t kv_heads, int64_t head_dim, int64_t x_stride);
 
 }  // namespace exl

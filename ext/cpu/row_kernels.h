@@ -21,6 +21,10 @@ struct RowKernels {
                const float* sin);
   // to[i] = from[i], rounded if `to` is narrower.
   void (*convert)(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t count);
+  // One head of float32 into a row of codes (common/kv_rows.h); x is overwritten.
+  void (*quantize)(float* x, int64_t head_dim, int bits, uint8_t* row);
+  // One head times the blocks of Hadamard matrices of common/kv_rows.h, in place. Its own inverse.
+  void (*rotate)(float* x, int64_t head_dim);
   // The largest element; NaN if there is a NaN among them, -infinity if count is 0.
   float (*max)(const float* x, int64_t count);
 };

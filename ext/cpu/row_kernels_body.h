@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kv_quant_body.h"
 #include "row_kernels.h"
 #include "vec8.h"
 
@@ -136,7 +137,8 @@ float max_run(const float* x, int64_t count) {
   return any_nan ? std::numeric_limits<float>::quiet_NaN() : result;
 }
 
-constexpr RowKernels kThisInstructionSet = {&any_rms_norm, &any_gated, &any_rope, &any_convert, &max_run};
+constexpr RowKernels kThisInstructionSet = {&any_rms_norm,   &any_gated,    &any_rope, &any_convert,
+                                              &quantize_head, &rotate_head, &max_run};
 
 }  // namespace
 }  // namespace exl

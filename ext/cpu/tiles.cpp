@@ -1,101 +1,222 @@
-// See tiles.h. Columns are taken 32 at a time: two cache lines of every row of words, turned into bit streams that stay
-// in the second-level cache.
+// See tiles.h. Codes are taken out of the words for 16 columns at once: the inner loops run over neighbours in memory.
 #include "tiles.h"
 
-#include <atomic>
 #include <cstring>
 
-#include "../common/bitstream.h"
-#include "linear.h"
-#include "scratch.h"
 #include "threads.h"
 
 namespace exl {
 namespace {
 
-constexpr int64_t kTilesAtOnce = 8;
-constexpr int64_t kColumnsAtOnce = kTilesAtOnce * kTileColumns;
-constexpr int64_t kSpareWords = 2;  // 8 bytes are loaded wherever 8 codes begin
+constexpr int64_t kTilesAtOnce = 4;  // as much of a row of words as is worth a visit
 
-// The streams of columns [first, first + kColumnsAtOnce), zeros where the matrix has none.
-void transpose(const TileRegion& r, int64_t first, uint32_t* streams) {
-  const int64_t length = r.word_rows + kSpareWords;
-  const int64_t left = r.outputs - first, live = left < kColumnsAtOnce ? left : kColumnsAtOnce;
-  if (live < kColumnsAtOnce) std::memset(streams, 0, size_t(kColumnsAtOnce * length) * sizeof(uint32_t));
-  for (int64_t row = 0; row < r.word_rows; ++row) {
-    const int32_t* from = r.words + row * r.stride + first;
-    for (int64_t c = 0; c < live; ++c) streams[c * length + row] = uint32_t(from[c]);
+int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+uint64_t mix(uint64_t hash, uint64_t value) {  // FNV-1a over 64-bit words, with the high half folded back
+  hash = (hash ^ value) * 0x100000001b3ull;
+  return hash ^ (hash >> 32);
+}
+
+uint64_t signature_of(const TileSource& s) {
+  uint64_t hash = mix(mix(0xcbf29ce484222325ull, uint64_t(s.inputs)), uint64_t(s.positions));
+  for (int64_t i = 0; i < s.span_count; ++i) hash = mix(hash, uint64_t(s.spans[i].units));
+  for (int64_t i = 0; s.rows != nullptr && i < s.positions; ++i) hash = mix(hash, uint64_t(s.rows[i]) + 1);
+  return hash;
+}
+
+using Columns = uint32_t[kTileColumns];
+
+// Codes of 32 positions, four to a number: quads[q][n], position 4q + j in byte j. bit[i]: where the code of position i
+// begins in the stream of a column, -1: no code.
+void gather_quads(const TileSource& s, int64_t first, int bits, const int64_t* bit, Columns* quads) {
+  const int64_t left = s.stride - first;
+  const uint32_t mask = (1u << bits) - 1;
+  for (int q = 0; q < 8; ++q) {
+    Columns out = {};
+    for (int j = 0; j < 4; ++j) {
+      const int64_t begin = bit[4 * q + j];
+      if (begin < 0) continue;
+      const int64_t row = begin / 32;
+      const int shift = int(begin % 32);
+      const int32_t* low = s.words + row * s.stride + first;
+      const int32_t* high = shift + bits > 32 ? low + s.stride : low;
+      const int up = shift + bits > 32 ? 32 - shift : 0;
+      Columns edge[2] = {};
+      if (left < kTileColumns) {
+        std::memcpy(edge[0], low, size_t(left) * 4);
+        std::memcpy(edge[1], high, size_t(left) * 4);
+        low = reinterpret_cast<const int32_t*>(edge[0]);
+        high = reinterpret_cast<const int32_t*>(edge[1]);
+      }
+      if (up != 0) {
+        for (int n = 0; n < kTileColumns; ++n) {
+          out[n] |= ((uint32_t(low[n]) >> shift | uint32_t(high[n]) << up) & mask) << 8 * j;
+        }
+      } else {
+        for (int n = 0; n < kTileColumns; ++n) out[n] |= (uint32_t(low[n]) >> shift & mask) << 8 * j;
+      }
+    }
+    std::memcpy(quads[q], out, sizeof(out));
   }
 }
 
-void copy_tile(const TileRegion& r, const uint32_t* streams, uint8_t* to) {
-  const int64_t length = r.word_rows + kSpareWords, bytes = step_bytes(r.bits);
-  for (int64_t at = 0; at < r.positions / kStepCodes * bytes; at += bytes) {
-    for (int64_t c = 0; c < kTileColumns; ++c, to += bytes) {
-      std::memcpy(to, reinterpret_cast<const uint8_t*>(streams + c * length) + at, size_t(bytes));
-    }
+// `count` bits of every code of a quad, from bit `from` on, at bit `at` of a line.
+struct Piece {
+  int line, quad, from, count, at;
+};
+
+// See tiles.h. Ends with count 0.
+constexpr Piece kPieces2[] = {{0, 0, 0, 2, 0}, {0, 1, 0, 2, 2}, {0, 2, 0, 2, 4}, {0, 3, 0, 2, 6}, {1, 4, 0, 2, 0},
+                              {1, 5, 0, 2, 2}, {1, 6, 0, 2, 4}, {1, 7, 0, 2, 6}, {}};
+constexpr Piece kPieces3[] = {{0, 0, 0, 3, 0}, {0, 1, 0, 3, 3}, {1, 2, 0, 3, 0}, {1, 3, 0, 3, 3}, {2, 4, 0, 3, 0},
+                              {2, 5, 0, 3, 3}, {0, 6, 0, 2, 6}, {2, 6, 2, 1, 6}, {1, 7, 0, 2, 6}, {2, 7, 2, 1, 7}, {}};
+constexpr Piece kPieces4[] = {{0, 0, 0, 4, 0}, {0, 1, 0, 4, 4}, {1, 2, 0, 4, 0}, {1, 3, 0, 4, 4}, {2, 4, 0, 4, 0},
+                              {2, 5, 0, 4, 4}, {3, 6, 0, 4, 0}, {3, 7, 0, 4, 4}, {}};
+constexpr Piece kPieces5[] = {{0, 0, 0, 5, 0}, {1, 1, 0, 5, 0}, {2, 2, 0, 5, 0}, {3, 3, 0, 5, 0}, {4, 4, 0, 5, 0},
+                              {0, 5, 0, 3, 5}, {1, 5, 3, 2, 5}, {2, 6, 0, 3, 5}, {3, 6, 3, 2, 5}, {4, 7, 0, 3, 5},
+                              {1, 7, 3, 1, 7}, {3, 7, 4, 1, 7}, {}};
+constexpr Piece kPieces6[] = {{0, 0, 0, 6, 0}, {1, 1, 0, 6, 0}, {2, 2, 0, 6, 0}, {0, 3, 0, 2, 6}, {1, 3, 2, 2, 6},
+                              {2, 3, 4, 2, 6}, {3, 4, 0, 6, 0}, {4, 5, 0, 6, 0}, {5, 6, 0, 6, 0}, {3, 7, 0, 2, 6},
+                              {4, 7, 2, 2, 6}, {5, 7, 4, 2, 6}, {}};
+constexpr Piece kPieces8[] = {{0, 0, 0, 8, 0}, {1, 1, 0, 8, 0}, {2, 2, 0, 8, 0}, {3, 3, 0, 8, 0}, {4, 4, 0, 8, 0},
+                              {5, 5, 0, 8, 0}, {6, 6, 0, 8, 0}, {7, 7, 0, 8, 0}, {}};
+
+const Piece* pieces_of(int bits) {
+  switch (bits) {
+    case 2: return kPieces2;
+    case 3: return kPieces3;
+    case 4: return kPieces4;
+    case 5: return kPieces5;
+    case 6: return kPieces6;
+    default: return kPieces8;
   }
 }
 
-// codes: room for one number per stored row and one more; a number holds the codes of the tile's four columns.
-void permute_tile(const TileRegion& r, const uint32_t* streams, uint32_t* codes, uint8_t* to) {
-  const int64_t length = r.word_rows + kSpareWords, rows = r.word_rows * 32 / r.bits;
-  const uint64_t mask = (uint64_t(1) << r.bits) - 1;
-  for (int64_t row = 0; row < rows; row += 8) {  // 8 codes are `bits` whole bytes
-    uint64_t eight[kTileColumns];
-    for (int64_t c = 0; c < kTileColumns; ++c) {
-      std::memcpy(&eight[c], reinterpret_cast<const uint8_t*>(streams + c * length) + row / 8 * r.bits, 8);
-    }
-    for (int i = 0; i < 8; ++i) {
-      const int shift = i * r.bits;
-      codes[row + i] = uint32_t((eight[0] >> shift & mask) | (eight[1] >> shift & mask) << 8 |
-                                (eight[2] >> shift & mask) << 16 | (eight[3] >> shift & mask) << 24);
-    }
+void put_unit(const Columns* quads, int bits, uint8_t* to) {
+  Columns lines[8] = {};
+  for (const Piece* p = pieces_of(bits); p->count != 0; ++p) {
+    const uint32_t mask = ((1u << p->count) - 1) * 0x01010101u;
+    const uint32_t* quad = quads[p->quad];
+    for (int n = 0; n < kTileColumns; ++n) lines[p->line][n] |= (quad[n] >> p->from & mask) << p->at;
   }
-  codes[rows] = 0;
-  for (int64_t position = 0; position < r.positions; position += kStepCodes) {
-    for (int half = 0; half < 2; ++half) {
-      uint64_t eight[kTileColumns] = {};
-      for (int i = 0; i < 8; ++i) {
-        const int64_t row = r.order[position + half * 8 + i];
-        const uint64_t four = codes[row < 0 ? rows : row];
-        for (int c = 0; c < kTileColumns; ++c) eight[c] |= (four >> 8 * c & 255) << i * r.bits;
+  std::memcpy(to, lines, size_t(bits * kLine));
+}
+
+// The scales of groups [begin, end), which lie together.
+void put_scales(const TileSource& s, int64_t tile, int64_t begin, int64_t end, uint8_t* to) {
+  const int64_t first = tile * kTileColumns, left = s.outputs - first;
+  const size_t live = size_t(left < kTileColumns ? left : kTileColumns);
+  std::memset(to, 0, size_t(scale_bytes(s.kind)));
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t i = g - begin;
+    if (s.kind == ScaleKind::exl2) {
+      const uint32_t* from = s.scale_words + g * s.scale_stride;
+      for (int64_t n = first; n < first + int64_t(live); ++n) {
+        const int64_t at = n % 2 * 8 + (n - first) / 2;
+        to[i * 8 + at / 2] |= uint8_t((from[n / 8] >> n % 8 * 4 & 15) << at % 2 * 4);
       }
-      for (int64_t c = 0; c < kTileColumns; ++c) {
-        std::memcpy(to + c * step_bytes(r.bits) + half * r.bits, &eight[c], size_t(r.bits));
-      }
+      continue;
     }
-    to += kTileColumns * step_bytes(r.bits);
+    std::memcpy(to + i * 32, s.scales + g * s.outputs + first, live * 2);
+    if (s.kind == ScaleKind::zeros) std::memcpy(to + 128 + i * 16, s.zeros + g * s.outputs + first, live);
+  }
+}
+
+// Whether span i is the first of a panel, given the units of the panel before it.
+bool opens_panel(const TileSource& s, int64_t i, int64_t units) {
+  return i == 0 || units + s.spans[i].units > kPanelUnits;
+}
+
+// Calls f(span, whether it opens a panel, the bytes of scales before it) for all spans.
+template <class F>
+void each_span(const TileSource& s, const F& f) {
+  int64_t units = 0;
+  for (int64_t i = 0; i < s.span_count; ++i) {
+    const bool opens = opens_panel(s, i, units);
+    const bool fresh = i == 0 || s.spans[i].group != s.spans[i - 1].group;
+    const bool scales = opens || (fresh && s.spans[i].group % scale_groups(s.kind) == 0);
+    units = (opens ? 0 : units) + s.spans[i].units;
+    f(i, opens, scales ? scale_bytes(s.kind) : 0);
   }
 }
 
 }  // namespace
 
-void fill_tiles(const TileRegion& region) {
-  static thread_local Scratch memory;
-  const int64_t tiles = (region.outputs + kTileColumns - 1) / kTileColumns;
-  const int64_t pieces = (tiles + kTilesAtOnce - 1) / kTilesAtOnce, team = threads() < pieces ? threads() : pieces;
-  const int64_t length = region.word_rows + kSpareWords;
-  const int64_t codes = region.order == nullptr ? 0 : region.word_rows * 32 / region.bits + 1;
-  const int64_t slot_size = kColumnsAtOnce * length + codes;
-  float* scratch = memory.floats(team * slot_size);
-  static_assert(sizeof(float) == sizeof(uint32_t), "scratch is counted in 32-bit words");
-  std::atomic<int64_t> next{0};
-  parallel_for(team, [&](int64_t slot, int64_t) {
-    uint32_t* streams = reinterpret_cast<uint32_t*>(scratch + slot * slot_size);
-    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-      transpose(region, piece * kColumnsAtOnce, streams);
-      for (int64_t t = 0; t < kTilesAtOnce && piece * kTilesAtOnce + t < tiles; ++t) {
-        const uint32_t* tile = streams + t * kTileColumns * length;
-        uint8_t* to = region.tiles + (piece * kTilesAtOnce + t) * region.tile_bytes;
-        if (region.order == nullptr) {
-          copy_tile(region, tile, to);
-        } else {
-          permute_tile(region, tile, streams + kColumnsAtOnce * length, to);
+PackedHeader packed_header(const TileSource& s) {
+  PackedHeader h{};
+  h.magic = kPackedMagic;
+  h.signature = signature_of(s);
+  h.inputs = s.inputs;
+  h.outputs = s.outputs;
+  h.positions = s.positions;
+  h.groups = s.groups;
+  h.spans = s.span_count;
+  h.kind = s.kind;
+  h.zero_base = s.zero_base;
+  h.spans_at = lines(sizeof(PackedHeader));
+  int64_t tile_bytes = 0;  // of all panels
+  each_span(s, [&](int64_t i, bool opens, int32_t scales) {
+    h.panels += opens;
+    tile_bytes += scales + int64_t(s.spans[i].units) * s.spans[i].bits * kLine;
+  });
+  h.panels_at = h.spans_at + lines(s.span_count * int64_t(sizeof(Span)));
+  const int64_t behind = h.panels_at + lines(h.panels * int64_t(sizeof(Panel)));
+  h.rows_at = s.rows != nullptr ? behind : 0;
+  h.tables_at = behind + (s.rows != nullptr ? lines(s.positions * 4) : 0);
+  h.tiles_at = h.tables_at + (s.kind == ScaleKind::exl2 ? s.groups * 64 : 0);
+  h.bytes = h.tiles_at + (s.outputs + kTileColumns - 1) / kTileColumns * tile_bytes;
+  return h;
+}
+
+void pack_tiles(const TileSource& s, uint8_t* to) {
+  const PackedHeader h = packed_header(s);
+  std::memset(to, 0, size_t(h.tiles_at));
+  std::memcpy(to, &h, sizeof(h));
+  const int64_t tiles = (s.outputs + kTileColumns - 1) / kTileColumns;
+  Span* spans = reinterpret_cast<Span*>(to + h.spans_at);
+  Panel* panel = reinterpret_cast<Panel*>(to + h.panels_at) - 1;
+  int64_t unit = 0;
+  each_span(s, [&](int64_t i, bool opens, int32_t scales) {
+    if (opens) {
+      const int64_t at = i == 0 ? h.tiles_at : panel->at + tiles * panel->tile_bytes;
+      *++panel = {i, 0, unit, at, 0};
+    }
+    spans[i] = s.spans[i];
+    spans[i].scales = scales;
+    ++panel->spans;
+    panel->tile_bytes += scales + int64_t(s.spans[i].units) * s.spans[i].bits * kLine;
+    unit += s.spans[i].units;
+  });
+  if (s.rows != nullptr) std::memcpy(to + h.rows_at, s.rows, size_t(s.positions) * 4);
+  if (s.kind == ScaleKind::exl2) std::memcpy(to + h.tables_at, s.tables, size_t(s.groups) * 64);
+  const auto body = [&](int64_t begin, int64_t end) {
+    int64_t position = 0, stream = 0;
+    for (const Panel* p = reinterpret_cast<const Panel*>(to + h.panels_at); p <= panel; ++p) {
+      int64_t place = p->at;
+      for (int64_t i = p->span; i < p->span + p->spans; ++i) {
+        const int bits = spans[i].bits;
+        if (spans[i].scales != 0) {
+          const int64_t together = scale_groups(s.kind), g = spans[i].group / together * together;
+          const int64_t stop = g + together < s.groups ? g + together : s.groups;
+          for (int64_t t = begin; t < end; ++t) put_scales(s, t, g, stop, to + t * p->tile_bytes + place);
+          place += spans[i].scales;
+        }
+        for (int32_t u = 0; u < spans[i].units; ++u, position += kUnit, place += bits * kLine) {
+          int64_t bit[kUnit];
+          for (int k = 0; k < kUnit; ++k, stream += bits) {
+            const int64_t row = s.order != nullptr ? s.order[position + k] : 0;
+            bit[k] = s.order == nullptr ? stream : row < 0 ? -1 : row * bits;
+          }
+          for (int64_t t = begin; t < end; ++t) {
+            Columns quads[8];
+            gather_quads(s, t * kTileColumns, bits, bit, quads);
+            put_unit(quads, bits, to + t * p->tile_bytes + place);
+          }
         }
       }
     }
-  });
+  };
+  parallel_chunks(tiles, kTilesAtOnce, body);
 }
 
 }  // namespace exl

@@ -6,6 +6,8 @@ from driving import batch_of, new_cache, open_model, run
 from oracles import assert_as_good_as
 from tiny import FAMILIES, by_name, logits_of, model_of, write
 
+from exl_runtime.cache.types import BF16, FP16
+
 IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(90)]
 
 
@@ -110,8 +112,8 @@ def test_sequences_of_different_length_plans_share_a_pass(name, backend, root) -
 def test_half_precision_cache_is_close(backend, root) -> None:
     model = open_model(write(by_name("llama"), root), backend)
     whole = run(model, IDS, [])
-    for dtype, bound in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
-        halves = model.forward(batch_of([(IDS, 0, [2])]), new_cache(model, dtype=dtype))
+    for kind, bound in ((FP16, 2e-3), (BF16, 2e-2)):
+        halves = model.forward(batch_of([(IDS, 0, [2])]), new_cache(model, type=kind))
         error = (halves - whole).abs().max() / whole.abs().max()
         assert 0 < error < bound
 
@@ -121,6 +123,6 @@ def test_half_precision_matrices_on_a_float32_stream(name, root) -> None:
     """How models run on a GPU, on the reference path: close to float32, and everything in the right dtype."""
     exact = run(open_model(write(by_name(name), root), "reference"), IDS, [])
     model = open_model(write(by_name(name), root), "reference", torch.float16)
-    logits = model.forward(batch_of([(IDS, 0, [2])]), new_cache(model, dtype=torch.float16))
+    logits = model.forward(batch_of([(IDS, 0, [2])]), new_cache(model, type=FP16))
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact).abs().max() / exact.abs().max() < 1e-2

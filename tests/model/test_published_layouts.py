@@ -182,8 +182,10 @@ def test_exl2_of_a_tied_model_uses_its_own_head(backend: str, root: Path, tmp_pa
 
     ours = run(open_model(copy(source, tmp_path / "a", with_head), backend), IDS, [])
     wanted = logits(copy(source, tmp_path / "b", dense_head))
-    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
-    assert (ours - logits(source)).abs().max() > 1e-2  # the two heads differ
+    # The packed kernels do not round the product of code and scale to half: up to 2^-11 of a weight.
+    close = {"reference": 1e-4, "cpu": 5e-3}[backend]
+    torch.testing.assert_close(ours, wanted, rtol=close, atol=close)
+    assert (ours - logits(source)).abs().max() > 1e-1  # the two heads differ
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])

@@ -17,6 +17,7 @@ GPTQ = {
     "b8_all_v1_asym": {"bits": 8, "group_size": -1, "act_order": False, "symmetric": False, "version": 1},
     "b2_g32_act_v2": {"bits": 2, "group_size": 32, "act_order": True, "symmetric": False, "version": 2},
 }
+FLOOR = {"reference": 3e-6, "cpu": 3e-4}
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,9 @@ def root(tmp_path_factory: pytest.TempPathFactory):
     return tmp_path_factory.mktemp("quantized")
 
 
-def check(family, folder: Path, dense, backend: str) -> None:
+def check(family, folder: Path, dense, backend: str, ids: list[int] = IDS) -> None:
+    """Packed kernels do not round the product of code and scale to half, see `quantized`. What they do round, the input
+    to 2.3e-5 of a matrix, becomes a few 1e-4 of these models' logits."""
     reference = model_of(family)
     state = reference.state_dict()
     joined = join_fused({name: tensor.float() for name, tensor in dense.items()}, state)
@@ -34,35 +37,38 @@ def check(family, folder: Path, dense, backend: str) -> None:
         joined["lm_head.weight"] = dense["lm_head.weight"].float()
     missing, unexpected = reference.load_state_dict(joined, strict=False)
     assert not unexpected and not [name for name in missing if name != "lm_head.weight"]
-    naive = logits_of(reference, IDS)
+    naive = logits_of(reference, ids)
     with torch.inference_mode():
-        oracle = reference.double()(torch.tensor([IDS]), use_cache=False).logits[0]
-    ours = run(open_model(folder, backend), IDS, [33])
-    assert_as_good_as(ours, naive, oracle, factor=4.0, floor=3e-6)
+        oracle = reference.double()(torch.tensor([ids]), use_cache=False).logits[0]
+    ours = run(open_model(folder, backend), ids, [33])
+    assert_as_good_as(ours, naive, oracle, factor=4.0, floor=FLOOR[backend])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mistral"])
 def test_exl2(name, backend, root) -> None:
-    check(by_name(name), *quantized(root, name, "exl2"), backend)
+    check(by_name(name), *quantized(root, name, "exl2", backend), backend)
 
 
 @pytest.mark.parametrize("options", GPTQ.values(), ids=GPTQ)
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_gptq(name, options, backend, root) -> None:
-    check(by_name(name), *quantized(root, name, "gptq", tuple(options.items())), backend)
+    check(by_name(name), *quantized(root, name, "gptq", backend, tuple(options.items())), backend)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_exl2_experts(name, backend, root) -> None:
-    folder, dense = quantized(root, name, "exl2")
-    check(by_name(name), folder, stack_experts(dense, model_of(by_name(name)).state_dict()), backend)
+    folder, dense = quantized(root, name, "exl2", backend)
+    stacked = stack_experts(dense, model_of(by_name(name)).state_dict())
+    # Token 57 would be a tie: two experts of qwen3_moe are 3e-5 apart there, and any rounding may choose the other.
+    check(by_name(name), folder, stacked, backend, IDS[:57] + IDS[58:])
 
 
 @cache
-def quantized(root: Path, name: str, kind: str, options: tuple[tuple[str, object], ...] = ()):
-    """The folder and its weights, made once for all backends."""
-    target = root / "-".join(map(str, (name, kind, *(value for _, value in options))))
-    return target, quantize_folder(write(by_name(name), root), target, kind, **dict(options))
+def quantized(root: Path, name: str, kind: str, backend: str, options: tuple[tuple[str, object], ...] = ()):
+    """The folder and its weights, as the backend reads them."""
+    target = root / "-".join(map(str, (name, kind, backend, *(value for _, value in options))))
+    source = write(by_name(name), root)
+    return target, quantize_folder(source, target, kind, rounded=backend != "cpu", **dict(options))
 
 
 def stack_experts(dense, state):

@@ -9,7 +9,9 @@ from torch import Tensor
 #   q           (T, heads, head_dim) float32 | float16 | bfloat16: the new tokens of all S sequences, one after another
 #   k_pages     (P, page_size, kv_heads, head_dim) float32 | float16 | bfloat16; heads is a multiple of kv_heads and
 #               query head h reads key/value head h // (heads / kv_heads)
-#   v_pages     like k_pages
+#               or uint8 (P, page_size, kv_heads, row_bytes): quantized, see `ops.kv_quant`; the width of the codes
+#               follows from row_bytes and head_dim. Read a few keys at a time, never expanded over the context
+#   v_pages     like k_pages; codes may be of another width
 #   q_starts    int32 (S + 1,): sequence s owns rows q_starts[s] to q_starts[s + 1] of q; may be empty
 #   kv_lengths  int32 (S,): keys of sequence s, its new tokens included (they are already in the pages)
 #   pages       int32 (S, pages per sequence): key j of sequence s lies in page pages[s, j // page_size] at

@@ -1,22 +1,16 @@
 """EXL2 matrices on the CPU: codes and 4-bit scales stay packed, the native kernel decodes them in registers."""
 
-from itertools import groupby
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from ...formats.base import QuantFormat
 from ...formats.exl2 import Exl2
-from .. import native
-from .base import LinearKernel
-from .tiles import STEP, TILE, CodeTiles, Run, flat_float, like_input, native_refusal, row_table, span_table
+from .packed_cpu import PackedCpu
+from .tiles import Residual, Run, Source, native_refusal
 
 
-class Exl2Cpu(LinearKernel):
-    """See the base class and ext/cpu/linear.h. Holds 4-bit codes in 4 bits: about the size on disk."""
-
-    backend: ClassVar[str] = "cpu"
+class Exl2Cpu(PackedCpu):
+    """See the base class. Holds 4-bit codes in 4 bits: about the size on disk."""
 
     @classmethod
     def refuses(cls, w: QuantFormat, device: torch.device) -> str | None:
@@ -25,37 +19,23 @@ class Exl2Cpu(LinearKernel):
             return f"takes exl2 weights, not {w.name}"
         return native_refusal(device)
 
-    def __init__(self, w: QuantFormat, device: torch.device) -> None:
+    def __init__(self, w: QuantFormat, device: torch.device, residual: int = Residual.ALWAYS) -> None:
         assert isinstance(w, Exl2)
         self.shape = w.shape
-        outputs = w.shape.out_features
-        runs = [Run(group.bits, index, group.rows) for index, group in enumerate(w.groups)]
-        perm = torch.arange(w.shape.in_features) if w.perm is None else w.perm.cpu()
-        self._spans, self._rows = span_table(runs), row_table(perm, runs)
-
-        q_weight = w.q_weight.cpu()
-        tiles = CodeTiles(outputs, sum(TILE * run.bits * 2 * (run.positions // STEP) for run in runs))
-        for bits, groups in groupby(w.groups, key=lambda group: group.bits):
-            region = list(groups)
-            first, last = region[0], region[-1]
-            tiles.append(q_weight[first.first_word_row : last.first_word_row + last.word_rows], bits)
-        self._codes = tiles.buffer
-
-        # A tile's four nibbles of a group lie in one int16: nibble n % 8 of word n // 8 is column n already.
-        halves = w.q_scale.cpu().view(torch.int16)  # (G, Np / 4)
-        self._scales = halves[:, : -(-outputs // TILE)].t().contiguous()
-        maxima = w.group_scales().cpu().float().repeat_interleave(TILE)
-        self._maxima = torch.cat([maxima, maxima.new_zeros(3 * TILE)])  # the kernel loads four groups at a time
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See the base class."""
-        y = native.ops().linear_exl2(
-            flat_float(x), self._codes, self._scales, self._maxima, self._spans, self._rows, self.shape.out_features
+        source = Source(
+            inputs=w.shape.in_features,
+            outputs=w.shape.out_features,
+            runs=[Run(group.bits, group.rows) for group in w.groups],
+            words=w.q_weight.cpu(),
+            order=None,
+            rows=None if w.perm is None else w.perm.cpu().to(torch.int32),
+            scales=w.q_scale.cpu(),
+            tables=scale_tables(w.group_scales().cpu()),
         )
-        return like_input(y, x)
+        super().__init__(source, residual)
 
-    @property
-    def storage_bytes(self) -> int:
-        """See the base class."""
-        held = (self._codes, self._scales, self._maxima, self._spans, self._rows)
-        return sum(tensor.nbytes for tensor in held)
+
+def scale_tables(maxima: Tensor) -> Tensor:
+    """float32 (G, 16): the scale of every nibble, (nibble + 1)^2 * maxima rounded to half. maxima (G,)."""
+    squares = torch.arange(1, 17, dtype=torch.float32).square()
+    return (squares * maxima.float()[:, None]).half().float()

@@ -1,32 +1,17 @@
 """GPTQ matrices on the CPU: 2, 3, 4 and 8 bits, any group size, activation order by sorting rows once at load."""
 
-from typing import ClassVar
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...formats.base import QuantFormat
 from ...formats.gptq import Gptq
-from .. import native
-from .base import LinearKernel
-from .tiles import (
-    STEP,
-    TILE,
-    CodeTiles,
-    Run,
-    flat_float,
-    like_input,
-    native_refusal,
-    row_table,
-    span_table,
-    tile_by_group,
-)
+from .packed_cpu import PackedCpu
+from .tiles import UNIT, Residual, Run, Source, native_refusal
 
 
-class GptqCpu(LinearKernel):
-    """See the base class and ext/cpu/linear.h."""
-
-    backend: ClassVar[str] = "cpu"
+class GptqCpu(PackedCpu):
+    """See the base class."""
 
     @classmethod
     def refuses(cls, w: QuantFormat, device: torch.device) -> str | None:
@@ -35,50 +20,37 @@ class GptqCpu(LinearKernel):
             return f"takes gptq weights, not {w.name}"
         return native_refusal(device)
 
-    def __init__(self, w: QuantFormat, device: torch.device) -> None:
+    def __init__(self, w: QuantFormat, device: torch.device, residual: int = Residual.ALWAYS) -> None:
         assert isinstance(w, Gptq)
         self.shape = w.shape
-        outputs = w.shape.out_features
-        order, runs = sort_rows(w.row_group.cpu(), w.bits)
-        self._spans, self._rows = span_table(runs), row_table(order, runs)
-
-        tiles = CodeTiles(outputs, TILE * order.numel() * w.bits // 8)
-        in_order = torch.equal(order, torch.arange(w.shape.in_features))
-        tiles.append(w.qweight.cpu(), w.bits, None if in_order else order.to(torch.int32))
-        self._codes = tiles.buffer
-
-        self._scales = tile_by_group(w.scales.cpu())
-        zeros = w.zeros.cpu()
-        low, high = torch.aminmax(zeros)
-        # Zero-points of at most 2^8 are exact halves; symmetric matrices need none.
-        self._zeros = None if int(low) == int(high) == 1 << (w.bits - 1) else tile_by_group(zeros.half())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See the base class."""
-        y = native.ops().linear_gptq(
-            flat_float(x), self._codes, self._scales, self._zeros, self._spans, self._rows, self.shape.out_features
+        order, sizes, groups = sort_rows(w.row_group.cpu())
+        in_order = torch.equal(order, torch.arange(w.shape.in_features, dtype=torch.int32))
+        zeros = w.zeros.cpu()[groups]
+        low, high = (int(bound) for bound in torch.aminmax(zeros))
+        symmetric = low == high == 1 << (w.bits - 1)
+        # Zero-points span 0 .. 2^bits - 1, or 1 .. 2^bits where the file holds them less 1: a byte, from the lowest on.
+        assert high - low < 256
+        source = Source(
+            inputs=w.shape.in_features,
+            outputs=w.shape.out_features,
+            runs=[Run(w.bits, size) for size in sizes],
+            words=w.qweight.cpu(),
+            order=None if in_order else order,
+            rows=None if in_order else order,
+            scales=w.scales.cpu()[groups],
+            zeros=None if symmetric else (zeros - low).to(torch.uint8),
+            zero_base=low,
         )
-        return like_input(y, x)
-
-    @property
-    def storage_bytes(self) -> int:
-        """See the base class."""
-        held = (self._codes, self._scales, self._zeros, self._spans, self._rows)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        super().__init__(source, residual)
 
 
-def sort_rows(row_group: Tensor, bits: int) -> tuple[Tensor, list[Run]]:
-    """(row at every position int64, the runs): rows sorted by group, order kept inside a group, -1 filling up steps.
+def sort_rows(row_group: Tensor) -> tuple[Tensor, list[int], Tensor]:
+    """(row at every position int32, positions of every group, the groups that have rows int64).
 
-    row_group: int32 (K,).
+    Rows are sorted by group, their order kept inside a group, -1 filling up units. row_group: int32 (K,).
     """
     by_group = torch.argsort(row_group, stable=True)
     counts = torch.bincount(row_group)
-    pieces, runs = [], []
-    for group, rows in enumerate(by_group.split(counts.tolist())):
-        if not rows.numel():
-            continue
-        padding = -rows.numel() % STEP
-        pieces.append(torch.cat([rows, rows.new_full((padding,), -1)]) if padding else rows)
-        runs.append(Run(bits, group, rows.numel() + padding))
-    return torch.cat(pieces), runs
+    groups = counts.nonzero().flatten()
+    pieces = [F.pad(rows, (0, -rows.numel() % UNIT), value=-1) for rows in by_group.split(counts[groups].tolist())]
+    return torch.cat(pieces).to(torch.int32), [piece.numel() for piece in pieces], groups

@@ -1,0 +1,136 @@
+// Products with packed matrices: quantizes the input, chooses the kernels and shares the work among threads. None of
+// these choices changes a result, see linear_packed.h.
+#include "linear_packed.h"
+
+#include <cstring>
+
+#include "isa.h"
+#include "linear_packed_isa.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace exl {
+namespace {
+
+constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
+constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
+constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
+
+const PackedIsa& chosen() {
+#if EXL_X86_ISA
+  if (use_avx512vnni()) return linear_packed_avx512vnni();
+  if (isa() != Isa::portable) return linear_packed_avx2();
+#endif
+  return linear_packed_portable();
+}
+
+int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// A product and where its quantized input lies.
+struct Task {
+  Product product;
+  QuantizedRows input;
+  int64_t first_tile;  // among the tiles of all products
+};
+
+// The layout of the input of `w`, without its place.
+QuantizedRows layout(const Packed& w, bool residual) {
+  const int64_t units = w.header->positions * (residual ? 2 : 1);
+  return {nullptr, lines(units + w.header->spans * int64_t(sizeof(InputSpan))), units, residual};
+}
+
+// Rows [0, rows) of tiles [begin, end) of one product.
+void multiply_tiles(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, int64_t rows, float* y) {
+  const Packed& w = task.product.w;
+  const int64_t outputs = w.header->outputs;
+  const int most = task.input.residual ? kernels.residual_rows : kernels.plain_rows;
+  alignas(64) float sums[16 * kTileColumns];
+  for (int64_t panel = 0; panel < w.header->panels; ++panel) {
+    for (int64_t row = 0; row < rows; row += most) {
+      const int here = int(rows - row < most ? rows - row : most);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = t * kTileColumns, left = outputs - first;
+        const size_t live = size_t(left < kTileColumns ? left : kTileColumns) * sizeof(float);
+        float* to = y + row * outputs + first;
+        std::memset(sums, 0, sizeof(float) * kTileColumns * size_t(here > 8 ? 16 : 2 * here));
+        for (int r = 0; r < here && panel > 0; ++r) std::memcpy(sums + r * kTileColumns, to + r * outputs, live);
+        kernels.multiply(w, panel, t, task.input, row, here, sums);
+        for (int r = 0; r < here; ++r) std::memcpy(to + r * outputs, sums + r * kTileColumns, live);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void linear_packed_cpu(const Product* products, int count, const float* x, int64_t rows, int64_t residual_rows) {
+  static thread_local Scratch memory;
+  const PackedIsa& kernels = chosen();
+  const bool residual = rows <= residual_rows;
+  const int64_t most_rows = rows < kRowsAtOnce ? rows : kRowsAtOnce;
+  const int64_t padded = (most_rows + 15) / 16 * 16;  // kernels read whole register tiles of rows
+
+  Task tasks[kMostTogether];
+  int64_t tiles = 0, room = 0, bytes = 0;
+  for (int i = 0; i < count; ++i) {
+    const Packed& w = products[i].w;
+    tasks[i] = {products[i], layout(w, residual), tiles};
+    tiles += w.tiles();
+    bytes += w.header->bytes - w.header->tiles_at;
+    room += padded * tasks[i].input.stride;
+  }
+  if (rows <= 0 || tiles == 0) return;
+  uint8_t* place = reinterpret_cast<uint8_t*>(memory.floats(room / int64_t(sizeof(float))));
+  Task* fresh[kMostTogether];  // those whose input is not another's
+  int inputs = 0;
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < i && tasks[i].input.data == nullptr; ++j) {
+      if (tasks[j].product.w.header->signature == tasks[i].product.w.header->signature) tasks[i].input = tasks[j].input;
+    }
+    if (tasks[i].input.data != nullptr) continue;
+    tasks[i].input.data = place;
+    place += padded * tasks[i].input.stride;
+    fresh[inputs++] = &tasks[i];
+  }
+
+  const int64_t tile_bytes = bytes / tiles + 1, chunk = kChunkBytes / tile_bytes + 1;
+  for (int64_t row0 = 0; row0 < rows; row0 += kRowsAtOnce) {
+    const int64_t here = rows - row0 < kRowsAtOnce ? rows - row0 : kRowsAtOnce;
+    const auto quantize = [&](int64_t first, int64_t last) {
+      for (int i = 0; i < inputs; ++i) {
+        const QuantizedRows& to = fresh[i]->input;
+        const Packed& w = fresh[i]->product.w;
+        for (int64_t r = first; r < last; ++r) {
+          uint8_t* row = to.data + r * to.stride;
+          kernels.quantize(w, x + (row0 + r) * w.header->inputs, residual, row,
+                           reinterpret_cast<InputSpan*>(row + to.spans_at));
+        }
+      }
+    };
+    parallel_for(here, quantize, 4);
+    if (here % 16 != 0) {
+      for (int i = 0; i < inputs; ++i) {
+        const QuantizedRows& to = fresh[i]->input;
+        std::memset(to.data + here * to.stride, 0, size_t((16 - here % 16) * to.stride));
+      }
+    }
+    const auto multiply = [&](int64_t first, int64_t last) {
+      for (int i = 0; i < count; ++i) {
+        const Task& task = tasks[i];
+        const int64_t own = task.product.w.tiles();
+        int64_t begin = first - task.first_tile, end = last - task.first_tile;
+        begin = begin < 0 ? 0 : begin;
+        end = end > own ? own : end;
+        float* y = task.product.y + row0 * task.product.w.header->outputs;
+        if (begin < end) multiply_tiles(kernels, task, begin, end, here, y);
+      }
+    };
+    if (here > 16) {
+      parallel_chunks(tiles, chunk, multiply);
+    } else {
+      parallel_for(tiles, multiply, kGrainBytes / tile_bytes + 1);
+    }
+  }
+}
+
+}  // namespace exl

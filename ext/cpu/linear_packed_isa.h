@@ -1,0 +1,42 @@
+// What linear_packed.cpp asks of an instruction set: one table per linear_packed_<isa>.cpp. No threads here.
+#pragma once
+
+#include <cstdint>
+
+#include "tiles.h"
+
+namespace exl {
+
+// What a row knows about the positions of a span. Without the residual an input is main * scale and `minus` the sum of
+// main, negated; with it an input is (256 * main + rest) * scale, and `minus` the sum of that, negated.
+struct InputSpan {
+  float scale;
+  int32_t minus;
+};
+
+// Quantized rows, `stride` bytes apart. A row: units of 32 bytes main, each followed by 32 bytes rest if `residual`;
+// then, `spans_at` bytes from its begin, an InputSpan per span.
+struct QuantizedRows {
+  uint8_t* data;
+  int64_t stride;
+  int64_t spans_at;
+  bool residual;
+};
+
+struct PackedIsa {
+  int plain_rows;     // the most rows that `multiply` takes at once
+  int residual_rows;
+  // One row of x.
+  void (*quantize)(const Packed& w, const float* x, bool residual, uint8_t* row, InputSpan* spans);
+  // Adds to sums [row][16] the products of panel `panel`, tile `tile`, with `rows` rows from `row` on. Where `rows` is
+  // not a power of two, the rows up to the next one are computed as well.
+  void (*multiply)(const Packed& w, int64_t panel, int64_t tile, const QuantizedRows& x, int64_t row, int rows,
+                   float* sums);
+};
+
+const PackedIsa& linear_packed_portable();
+const PackedIsa& linear_packed_avx2();
+const PackedIsa& linear_packed_avxvnni();
+const PackedIsa& linear_packed_avx512vnni();
+
+}  // namespace exl
