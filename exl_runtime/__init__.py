@@ -3,7 +3,7 @@
 The public names, loaded on first use so that `import exl_runtime` costs nothing and needs no torch:
 
     load, Runtime, RuntimeInfo, RuntimeStats      a model, opened
-    SamplingParams                                how tokens are chosen
+    SamplingParams, Grammar                       how tokens are chosen, and what a reply has to look like
     Result, TokenLogprob                          what a finished request gives
     Started, Prefilled, Text, Dropped, Finished   what a running request reports
     ChatSession                                   a conversation that can be edited, saved and resumed
@@ -22,6 +22,7 @@ _HOMES = {
     "RuntimeStats": "runtime",
     "Rendered": "runtime",
     "SamplingParams": "sampling.params",
+    "Grammar": "generation.grammar",
     "Result": "generation.request",
     "TokenLogprob": "generation.request",
     "Started": "generation.stream",
@@ -36,6 +37,7 @@ __all__ = [*_HOMES, "__version__", "errors"]
 if TYPE_CHECKING:
     from . import errors
     from .chat.session import ChatSession
+    from .generation.grammar import Grammar
     from .generation.request import Result, TokenLogprob
     from .generation.stream import Dropped, Finished, Prefilled, Started, Text
     from .runtime import Rendered, Runtime, RuntimeInfo, RuntimeStats, load

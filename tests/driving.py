@@ -7,6 +7,7 @@ from torch import Tensor
 
 from exl_runtime.cache.geometry import PAGE_SIZE
 from exl_runtime.cache.storage import KVStorage
+from exl_runtime.cache.types import FP32, CacheType
 from exl_runtime.checkpoint.reader import Checkpoint
 from exl_runtime.config.read import load_config
 from exl_runtime.config.resolve import resolve
@@ -30,8 +31,8 @@ def open_model(folder: Path, backend: str, dtype: torch.dtype | None = None) -> 
         )
 
 
-def new_cache(model: Transformer, pages: int = 6, dtype: torch.dtype = torch.float32) -> KVStorage:
-    return KVStorage(geometry_of(model.spec, dtype), pages, model.device)
+def new_cache(model: Transformer, pages: int = 6, type: CacheType = FP32) -> KVStorage:
+    return KVStorage(geometry_of(model.spec, type), pages, model.device)
 
 
 def batch_of(

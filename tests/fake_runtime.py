@@ -88,6 +88,15 @@ class FakeRuntime:
         text += "<assistant>" if add_generation_prompt else ""
         return Rendered(text, tuple(map(ord, text)))
 
+    def each_logits(self, ids: Any, visit: Any, *, first: int = 0) -> None:
+        """Of 128 characters, every next one is likelier than the last; the one after `x` is `y` for sure."""
+        import torch
+
+        rows = torch.arange(128.0).repeat(len(ids) - first, 1)
+        rows[[place - first for place in range(first, len(ids)) if ids[place] == ord("x")], ord("y")] = 1000.0
+        for start in range(0, len(rows), 2):
+            visit(first + start, rows[start : start + 2])
+
     def stream(
         self,
         prompt: Any,
@@ -98,8 +107,10 @@ class FakeRuntime:
         overflow: str = "error",
         deadline: float | None = None,
         logprobs: int = 0,
+        **steer: Any,
     ) -> "FakeStream":
         options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop, "overflow": overflow}
+        options |= {name: value for name, value in steer.items() if value and value != "auto"}
         self.seen.append((prompt, options))
         turns = 0
         if isinstance(prompt, str):

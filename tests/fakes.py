@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exl_runtime.cache.geometry import CacheGeometry
 from exl_runtime.cache.storage import KVStorage
+from exl_runtime.cache.types import FP32
 from exl_runtime.generation.generator import Generator
 from exl_runtime.generation.request import Request
 from exl_runtime.model.batch import ForwardBatch
@@ -118,6 +119,18 @@ class FakeSampler:
         pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return FakeDraw(token, float(probabilities[token].log()), pairs)
 
+    def guess(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> int:
+        return self.sample(logits, prompt, generated).id
+
+    def judge(self, token: int, logits: Tensor) -> FakeDraw:
+        return FakeDraw(token)
+
+    def state(self) -> tuple[()]:
+        return ()
+
+    def restore(self, state: tuple[()]) -> None:
+        assert state == ()
+
 
 def letter(token: int) -> str:
     return chr(ord("a") + token) if token < 26 else "." if token != EOS else "<eos>"
@@ -167,12 +180,14 @@ class Rig:
     prefill_tokens: int = 8
     max_running: int = 64
     spec: FakeSpec = field(default_factory=FakeSpec)
+    draft: FakeTransformer | None = None
 
     def __post_init__(self) -> None:
-        geometry = CacheGeometry(LAYERS, 1, 1, torch.float32, self.page_size)
+        geometry = CacheGeometry(LAYERS, 1, 1, FP32, self.page_size)
         self.kv = KVStorage(geometry, self.pages, torch.device("cpu"))
         self.model = FakeTransformer(self.spec)
         self.clock = Clock()
+        draft = self.draft and (self.draft, KVStorage(geometry, self.pages, torch.device("cpu")))
         self.generator = Generator(
             self.model,
             self.kv,
@@ -181,6 +196,7 @@ class Rig:
             prefill_tokens=self.prefill_tokens,
             max_running=self.max_running,
             make_sampler=lambda request, seed: FakeSampler(seed, request.sampling.logprobs),
+            draft=draft,
             clock=self.clock,
         )
         self.table = self.generator.table

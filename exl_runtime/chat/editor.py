@@ -15,11 +15,16 @@ from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input.typeahead import store_typeahead
+from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.output.color_depth import ColorDepth
 
 from ..console.terminal import Terminal, state_dir, user_text
 from .commands import COMMANDS
+from .export import FORMATS
+from .presets import BUILT_IN
 from .settings import setting_names
 
 QUOTES = '"""'
@@ -32,6 +37,7 @@ class Editor(Protocol):
     drafts: bool
 
     def read(self, draft: str = "") -> str: ...
+    def type_ahead(self, keys: bytes) -> None: ...
 
 
 def unfinished(text: str) -> bool:
@@ -75,7 +81,16 @@ class CommandCompleter(Completer):
             for command in COMMANDS:
                 if command.name.startswith(rest.lower()):
                     yield Completion(command.name, start_position=-len(rest), display_meta=command.help)
-        elif name in ("save", "load"):
+        elif name == "preset" and " " not in rest:
+            for preset in BUILT_IN:
+                if preset.startswith(rest.lower()):
+                    yield Completion(preset, start_position=-len(rest))
+        elif name == "export" and " " not in rest:
+            for kind in FORMATS:
+                if kind.startswith(rest.lower()):
+                    yield Completion(kind, start_position=-len(rest))
+        elif name in ("save", "load", "file", "model", "export"):
+            rest = rest.partition(" ")[2] if name == "export" else rest
             inner = Document(rest, len(rest))
             yield from self._paths.get_completions(inner, complete_event)
 
@@ -107,6 +122,14 @@ class PromptEditor:
             except KeyboardInterrupt:
                 if draft or not self._session.default_buffer.text:
                     raise  # with a draft it is the edit that is given up, not only its text
+
+    def type_ahead(self, keys: bytes) -> None:
+        """What was typed before the prompt was there."""
+        pressed: list[KeyPress] = []
+        parser = Vt100Parser(pressed.append)
+        parser.feed(keys.decode("utf-8", "ignore"))
+        parser.flush()
+        store_typeahead(self._session.app.input, pressed)
 
 
 def _bindings() -> KeyBindings:
@@ -181,6 +204,9 @@ class LineEditor:
         if not line:
             raise EOFError
         return line.rstrip("\r\n")
+
+    def type_ahead(self, keys: bytes) -> None:
+        """Nothing: without a line editor the terminal itself keeps what was typed."""
 
 
 def make_editor(terminal: Terminal) -> Editor:

@@ -4,10 +4,10 @@ Knows the session, a screen and an editor; knows nothing of loading models.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..console.terminal import user_text
 from ..errors import ExlError
@@ -19,6 +19,10 @@ from .editor import Editor
 from .interrupts import quiet_keyboard
 from .screen import Screen
 from .session import ChatSession
+from .writing import write_in_editor
+
+if TYPE_CHECKING:
+    from ..runtime import Runtime
 
 
 def greet(session: ChatSession, screen: Screen) -> None:
@@ -29,44 +33,98 @@ def greet(session: ChatSession, screen: Screen) -> None:
         screen.notice(status.DEMO_NOTICE)
         screen.table([("try", prompt) for prompt in status.DEMO_PROMPTS])
         screen.notice(status.DEMO_WAY_OUT)
-    screen.notice("/help for commands · Ctrl-C stops a reply · Ctrl-D quits")
+    screen.notice("/help for commands · Ctrl-C or Esc stops a reply · Ctrl-D quits")
 
 
-def run(session: ChatSession, screen: Screen, editor: Editor, *, file: Path | None = None) -> None:
-    """Talk until /exit, Ctrl-D, or Ctrl-C twice with nothing typed in between. `file`: where `session` came from."""
-    chat = Conversation(session=session, screen=screen, can_draft=editor.drafts, file=file)
-    if file is not None:
-        show_loaded(chat)
+def run(
+    session: ChatSession,
+    screen: Screen,
+    editor: Editor,
+    *,
+    file: Path | None = None,
+    keep: bool = False,
+    open_model: "Callable[[str], Runtime] | None" = None,
+) -> None:
+    """Talk until /exit, Ctrl-D, or Ctrl-C twice with nothing typed in between.
+
+    file        where `session` came from
+    keep        keep conversations in the user's folder as they go on
+    open_model  for /model
+    """
+    chat = Conversation(
+        session=session, screen=screen, can_draft=editor.drafts, file=file, keep=keep, open_model=open_model
+    )
+    if file is not None or session.file is not None:
+        show_loaded(chat, session.file or file)
+    chat.start_keeping()
+    try:
+        _talk(chat, editor)
+    finally:
+        kept = chat.session.file is not None and chat.session.tree.nodes
+        chat.leave()
+    if kept:
+        screen.notice("this conversation is kept: exl chat --resume goes on with it")
+
+
+def _talk(chat: Conversation, editor: Editor) -> None:
     interrupted = False
     while not chat.done:
-        draft, edits = chat.draft, chat.draft_edits
-        chat.draft, chat.draft_edits = "", None
+        draft, takes = chat.draft, chat.draft_takes
+        chat.draft, chat.draft_takes = "", None
         try:
             line = editor.read(draft)
         except EOFError:
             return
         except KeyboardInterrupt:
-            if edits is not None:
-                screen.notice("the message stays as it was")
+            if takes is not None:
+                chat.screen.notice("the message stays as it was")
                 continue
             if interrupted:
                 return
             interrupted = True
-            screen.notice("Ctrl-C again, Ctrl-D or /exit quits")
+            chat.screen.notice("Ctrl-C again, Ctrl-D or /exit quits")
             continue
         interrupted = False
         try:
-            with quiet_keyboard() if editor.drafts else nullcontext():
-                _act(chat, line, edits)
+            _act(chat, line, takes or chat.say, editor)
+            while chat.wants_editor is not None:
+                _write(chat, editor)
         except KeyboardInterrupt:
             interrupted = True
         interrupted, chat.interrupted = interrupted or chat.interrupted, False
 
 
-def _act(chat: Conversation, line: str, edits: int | None) -> None:
-    if line.strip() and not handle(chat, line):
-        text = message(line)
-        chat.reply(chat.session.stream(text) if edits is None else chat.session.stream_edit(edits, text))
+def _act(chat: Conversation, line: str, takes: Callable[[str], object], editor: Editor) -> None:
+    if not line.strip():
+        return
+    keys = bytearray()
+    try:
+        with quiet_keyboard(lambda: chat.session.cancel()) if editor.drafts else nullcontext(keys) as keys:
+            try:
+                if not handle(chat, line):
+                    takes(message(line))
+            except ExlError as err:
+                chat.screen.error(str(err))
+    finally:
+        if keys:
+            editor.type_ahead(bytes(keys))
+    if problem := chat.session.keeping_problem():
+        chat.screen.warning(f"this conversation is no longer kept by itself: {problem}")
+
+
+def _write(chat: Conversation, editor: Editor) -> None:
+    """A message from the user's editor, which gets the keyboard for itself."""
+    text, chat.wants_editor = chat.wants_editor or "", None
+    try:
+        text = write_in_editor(text)
+    except ExlError as err:
+        chat.screen.error(str(err))
+        return
+    if not text:
+        chat.screen.notice("nothing was written, nothing is sent")
+        return
+    chat.screen.show(text)
+    _act(chat, f"/{text}" if text.startswith("/") else text, chat.say, editor)
 
 
 def run_piped(session: ChatSession, lines: Iterable[str], screen: Screen, *, verbose: bool) -> int:

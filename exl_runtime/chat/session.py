@@ -1,23 +1,31 @@
-"""`ChatSession`: a conversation that can be continued, regenerated, edited, saved and resumed.
+"""`ChatSession`: a conversation that can be continued, regenerated, edited, branched, saved and resumed.
 
 Knows messages and the `Runtime` that answers them; knows no terminal, no template and no token beyond counting them.
+Nothing that was said is lost: another reply, or an edited message, begins a branch beside the one that was there.
 A reply that is interrupted keeps what was said; one that said nothing leaves the conversation as it was.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..console.terminal import clean_line
 from ..errors import SessionError, UsageError
 from ..generation.request import Result
-from ..generation.stream import Dropped, Event, Finished, Prefilled, Started, Text
+from ..generation.stream import Dropped, Event, Finished, Text
 from . import history
+from .branching import Branching, checked
+from .collected import Collected
+from .history import Transcript
+from .record import GrowingReply, Record
+from .session_file import SessionFile, read_session
 from .settings import ReplySettings
-from .turn import ReplyMeta, Turn
+from .steps import Go, Remove
+from .tree import START, Node
+from .turn import CUT_SHORT, ReplyMeta, Turn
 
 if TYPE_CHECKING:
     from ..runtime import Runtime, Stream
@@ -25,15 +33,25 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatSession", "ReplyMeta", "ReplySettings", "Turn"]
 HALF = "\ufffd"
-MAKING = "another reply of this chat is still being made"
 
 
-class ChatSession:
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A reply to make. `base`: the message that is answered, or the one after which the user says `says`."""
+
+    base: int
+    says: str | None = None
+    continued: Node | None = None
+    left: int = 0
+
+
+class ChatSession(Branching):
     """One conversation with one model.
 
     `settings` may be replaced between replies. Every method that makes a reply exists twice: plain, returning the
     `Result`, and as `stream...`, yielding events, of which the last is `Finished`. Closing such a stream early, or an
-    exception while it runs, keeps the text that was there.
+    exception while it runs, keeps the text that was there. Messages of the user are counted from 0 along the present
+    branch; -1 is the last.
     """
 
     def __init__(
@@ -53,78 +71,85 @@ class ChatSession:
             settings = settings if sampling is None else replace(settings, sampling=sampling)
             settings = settings if max_tokens is None else replace(settings, max_tokens=max_tokens)
         self.runtime = runtime
-        self.settings = settings
-        self._system = _checked(system, "the system prompt") if system is not None else None
-        self._turns: tuple[Turn, ...] = ()
-        self._left = 0  # oldest turns that no longer fit the context; they are shown, but not sent
-        self._cut_ids: tuple[int, ...] = ()  # tokens of the last reply, if it can be continued exactly
-        self._making = False
+        system = checked(system, "the system prompt") if system is not None else None
+        super().__init__(Record(Transcript(system=system, model=runtime.info.name), settings))
         self._stream: Stream | None = None  # of the reply that is being made
         self._stop_asked = False
 
+    # --- what there is ----------------------------------------------------------------------------------------
+
     @property
-    def turns(self) -> tuple[Turn, ...]:
-        """All messages of both sides, oldest first."""
-        return self._turns
+    def settings(self) -> ReplySettings:
+        """How replies are made."""
+        return self._record.settings
+
+    @settings.setter
+    def settings(self, settings: ReplySettings) -> None:
+        self._record.settings = settings
 
     @property
     def system(self) -> str | None:
         """The system prompt; setting it keeps the conversation."""
-        return self._system
+        return self._record.system
 
     @system.setter
     def system(self, text: str | None) -> None:
         self._check_idle()
-        self._system = None if text is None else _checked(text, "the system prompt")
+        self._record.system = None if text is None else checked(text, "the system prompt")
         self._left = 0
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The whole conversation as chat templates want it, system prompt first."""
-        return self._messages(self._turns)
+        return self._messages(self.turns)
 
     @property
     def seen_messages(self) -> list[dict[str, str]]:
         """The part of `messages` that still fits the context: what the model sees."""
-        return self._messages(self._turns[self._left :])
+        return self._messages(self.turns[self._left :])
 
-    @property
-    def forgotten(self) -> tuple[Turn, ...]:
-        """The oldest turns that left the context: the model no longer sees them."""
-        return self._turns[: self._left]
-
-    @property
-    def making(self) -> bool:
-        """True while a reply is being made."""
-        return self._making
+    # --- replies ----------------------------------------------------------------------------------------------
 
     def send(self, text: str) -> Result:
         """Say something and return the reply."""
         return _last(self.stream(text))
 
     def stream(self, text: str) -> Iterator[Event]:
-        """Say something; the events of the reply."""
-        return self._reply((*self._turns, Turn("user", _checked(text, "a message"))))
+        """Say something; the events of the reply. A last message that got no reply is replaced."""
+        current = self.tree.current
+        if current != START and self.tree.nodes[current].turn.role == "user":
+            current = self.tree.nodes[current].parent
+        return self._reply(_Plan(current, checked(text, "a message"), left=self._left))
 
-    def regenerate(self) -> Result:
-        """Throw the last reply away and make another. Raises UsageError when nothing was said yet."""
-        return _last(self.stream_regenerate())
+    def regenerate(self, index: int = -1) -> Result:
+        """Answer message `index` again; the other replies stay beside it. Raises UsageError: nothing was said yet."""
+        return _last(self.stream_regenerate(index))
 
-    def stream_regenerate(self) -> Iterator[Event]:
+    def stream_regenerate(self, index: int = -1) -> Iterator[Event]:
         """Like `regenerate`, as events."""
-        return self._reply(self._turns[: self._user_turn(-1) + 1])
+        node = self._user_node(index)
+        last = node.id == self._user_node(-1).id
+        return self._reply(_Plan(node.id, left=self._left if last else 0))
 
     def edit(self, index: int, text: str) -> Result:
-        """Replace what the user said at `index` (0 is the first message of the user, -1 the last) and reply to it.
+        """Say something else instead of message `index` and return the reply.
 
-        Everything after it is removed. Raises UsageError when there is no such message.
+        The message as it was stays, with all that followed, as another branch. Raises UsageError when there is none.
         """
         return _last(self.stream_edit(index, text))
 
     def stream_edit(self, index: int, text: str) -> Iterator[Event]:
         """Like `edit`, as events."""
-        kept = self._turns[: self._user_turn(index)]
-        return self._reply((*kept, Turn("user", _checked(text, "a message"))), left=0)
+        return self._reply(_Plan(self._user_node(index).parent, checked(text, "a message")))
+
+    def edit_reply(self, index: int, text: str) -> None:
+        """Put words into the model's mouth: `text` as its reply to message `index`, on a branch of its own.
+
+        `extend` lets it go on from there. Raises UsageError.
+        """
+        self._check_idle()
+        self._record.add(self._user_node(index).id, "assistant", checked(text, "a reply"))
+        self._left = 0
 
     def extend(self) -> Result:
         """Let the model go on with its last reply, for example after `max_tokens` or an interruption."""
@@ -132,9 +157,15 @@ class ChatSession:
 
     def stream_extend(self) -> Iterator[Event]:
         """Like `extend`, as events. The reply keeps its place; its text grows."""
-        if not self._turns or self._turns[-1].role != "assistant":
+        path = self.tree.path()
+        if not path or path[-1].turn.role != "assistant":
             raise UsageError("there is no reply to continue", hint="say something first")
-        return self._reply(self._turns[:-1], extended=self._turns[-1])
+        if self.settings.grammar is not None:
+            raise UsageError(
+                "a reply that has to follow a grammar is made in one go",
+                hint="a larger max_tokens leaves it room; make it again, or take the grammar away",
+            )
+        return self._reply(_Plan(path[-1].parent, continued=path[-1], left=self._left))
 
     def cancel(self) -> None:
         """End the running reply; `Finished` follows and what was said is kept. Safe in a signal handler."""
@@ -142,75 +173,109 @@ class ChatSession:
         if self._stream is not None:
             self._stream.cancel()
 
-    def undo(self) -> Turn:
-        """Take the last message of the user and the reply to it back; returns the message."""
+    def use(self, runtime: "Runtime") -> None:
+        """Go on with another model. The one before is not closed."""
         self._check_idle()
-        index = self._user_turn(-1)
-        taken = self._turns[index]
-        self._turns, self._left, self._cut_ids = self._turns[:index], 0, ()
-        return taken
+        self.runtime, self._left = runtime, 0
 
-    def clear(self) -> None:
-        """Forget the conversation; system prompt and settings stay."""
-        self._check_idle()
-        self._turns, self._left, self._cut_ids = (), 0, ()
+    # --- files ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the conversation to a JSON file, all or nothing. Raises SessionError."""
-        transcript = history.Transcript(
-            turns=self._turns,
-            system=self._system,
-            model=self.runtime.info.name,
-            settings=self.settings.to_json(),
-        )
-        history.write(Path(path), transcript)
+        """Write the conversation as it is to a JSON file, all or nothing. Raises SessionError."""
+        transcript = self._record.transcript(self.runtime.info.name)
+        history.write(Path(path), replace(transcript, key="", revision=0))
 
     @classmethod
     def load(cls, path: str | PathLike[str], runtime: "Runtime") -> "ChatSession":
-        """The conversation of a file, to go on with on any model. Raises SessionError for damaged files."""
-        transcript = history.read(Path(path))
+        """The conversation of a file, to go on with on any model. Raises SessionError for damaged files.
+
+        The file stays as it is; `resume` goes on in it.
+        """
+        return cls._of(Path(path), read_session(Path(path))[0], runtime)
+
+    @classmethod
+    def resume(cls, path: str | PathLike[str], runtime: "Runtime") -> "ChatSession":
+        """Like `load`, and the file is kept up to date from now on, as with `keep`. Raises SessionError."""
+        file, transcript, _ = SessionFile.open(Path(path))
+        try:
+            session = cls._of(Path(path), transcript, runtime)
+        except BaseException:
+            file.abandon()
+            raise
+        session._record.kept(file)
+        return session
+
+    def keep(self, path: str | PathLike[str]) -> None:
+        """From the next message on keep the conversation in a new file, so that a crash loses at most one token.
+
+        Should that fail later, the conversation goes on; `keeping_problem` says why. Raises SessionError: it exists.
+        """
+        if Path(path).exists():
+            raise SessionError(f"{clean_line(str(path))} exists", hint="ChatSession.resume goes on with a kept chat")
+        self._record.keep(Path(path))
+
+    def close(self, *, discard: bool = False) -> None:
+        """Bring the file of `keep` or `resume` up to date and let go of it; `discard` deletes it instead."""
+        self._record.release(discard=discard)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that is kept up to date."""
+        return self._record.file
+
+    def keeping_problem(self) -> SessionError | None:
+        """Why the conversation is no longer kept in its file; told once."""
+        problem, self._record.problem = self._record.problem, None
+        return problem
+
+    @classmethod
+    def _of(cls, path: Path, transcript: Transcript, runtime: "Runtime") -> "ChatSession":
         try:
             settings = ReplySettings.from_json(transcript.settings)
         except (UsageError, TypeError) as err:
             raise SessionError(f"{path} has settings this version does not take: {err}") from err
-        session = cls(runtime, transcript.system, settings=settings)
-        session._turns = transcript.turns
+        session = cls(runtime, settings=settings)
+        session._record = Record(transcript, settings)
         return session
 
-    def _reply(
-        self, turns: tuple[Turn, ...], *, extended: Turn | None = None, left: int | None = None
-    ) -> Iterator[Event]:
+    # --- how a reply is made ----------------------------------------------------------------------------------
+
+    def _reply(self, plan: _Plan) -> Iterator[Event]:
         """Checks now, runs when iterated: a stream that is never started changes nothing."""
         self._check_idle()
         self._stop_asked = False
-        return self._run(turns, extended, self._left if left is None else left, self._turns)
+        return self._run(plan, self._record.changes)
 
-    def _run(
-        self, turns: tuple[Turn, ...], extended: Turn | None, left: int, since: tuple[Turn, ...]
-    ) -> Iterator[Event]:
+    def _run(self, plan: _Plan, since: int) -> Iterator[Event]:
         self._check_idle()
-        if self._turns is not since:
+        record = self._record
+        if record.changes != since:
             raise UsageError("the conversation went on since this stream was made", hint="make a new one")
-        before = (self._turns, self._left, self._cut_ids)
-        self._left = left
-        known = self._known_ids(extended)
-        prompt = self._messages(turns[self._left :]) if extended is None else self._prefix(turns) + list(known)
-        collected = _Collected()
-        self._making = True
+        before = (record.tree.current, self._left)
+        known = self._known_ids(plan.continued)
+        collected = Collected()
+        self._left, self._making = plan.left, True
+        asked = plan.base if plan.says is None else record.add(plan.base, "user", plan.says)
+        reply = GrowingReply(record, asked, plan.continued, known)
+        turns = tuple(node.turn for node in record.tree.path(asked))
         try:
+            seen = self._messages(turns[self._left :])
             self._stream = self.runtime.stream(
-                prompt,
+                seen if plan.continued is None else [*self.runtime.render(seen).ids, *known],
                 max_tokens=self.settings.max_tokens,
                 sampling=self.settings.sampling,
                 stop=self.settings.stop,
                 overflow=self.settings.overflow,
+                **self.settings.steering,
             )
             with closing(self._stream):
                 if self._stop_asked:  # while the prompt was prepared
                     self._stream.cancel()
                 for event in self._stream:
                     collected.take(event)
-                    if isinstance(event, Dropped):
+                    if isinstance(event, Text):
+                        reply.take(event)
+                    elif isinstance(event, Dropped):
                         self._left = _skip(turns, self._left, event.turns)
                     if not isinstance(event, Finished):
                         yield event
@@ -219,97 +284,42 @@ class ChatSession:
             self._making, self._stream = False, None
             result = collected.result()
             if result.text or (collected.complete and result.stop_reason not in ("cancelled", "deadline")):
-                self._keep(turns, extended, known, result)
+                text, ids = self._whole(plan.continued, known, result)
+                reply.settle(text, _meta(result), ids)
             else:
-                self._turns, self._left, self._cut_ids = before
+                if plan.says is not None:
+                    record.do(Remove(asked))
+                record.do(Go(before[0]))
+                self._left = before[1]
         yield Finished(collected.request_id, result)
 
-    def _keep(self, turns: tuple[Turn, ...], extended: Turn | None, known: tuple[int, ...], result: Result) -> None:
-        text, ids = result.text, result.ids
-        if extended is not None:
-            ids = (*known, *result.ids)
-            # Together the tokens may say it differently than in two parts (a blank between words belongs to one).
-            # A character cut in two shows as U+FFFD at the seam of each part, and as itself in the whole.
-            whole = self.runtime.tokenizer.decode(ids)
-            fits = whole.startswith(extended.content.rstrip(HALF)) and whole.endswith(text.lstrip(HALF))
-            text = whole if fits else extended.content + text
-        self._turns = (*turns, Turn("assistant", text, _meta(result)))
-        self._cut_ids = ids if result.stop_reason in ("length", "cancelled", "deadline") else ()
+    def _whole(self, continued: Node | None, known: tuple[int, ...], result: Result) -> tuple[str, tuple[int, ...]]:
+        """Text and tokens of the reply, with what it continues."""
+        if continued is None:
+            return result.text, result.ids
+        # Together the tokens may say it differently than in two parts (a blank between words belongs to one).
+        # A character cut in two shows as U+FFFD at the seam of each part, and as itself in the whole.
+        ids = (*known, *result.ids)
+        whole, start = self.runtime.tokenizer.decode(ids), continued.turn.content
+        fits = whole.startswith(start.rstrip(HALF)) and whole.endswith(result.text.lstrip(HALF))
+        return whole if fits else start + result.text, ids
 
-    def _known_ids(self, extended: Turn | None) -> tuple[int, ...]:
+    def _known_ids(self, node: Node | None) -> tuple[int, ...]:
         """Tokens of the reply to go on with: those that were generated, or the text encoded as mere text."""
-        if extended is None:
+        if node is None:
             return ()
-        return self._cut_ids or tuple(self.runtime.tokenizer.encode(extended.content, parse_special=False))
+        tokenizer, content = self.runtime.tokenizer, node.turn.content
+        cut = node.turn.meta is None or node.turn.meta.stop_reason in CUT_SHORT
+        ours = cut and node.ids and max(node.ids) < tokenizer.vocab_size  # a file may be from another model
+        if ours and tokenizer.decode(node.ids).startswith(content.rstrip(HALF)):
+            return node.ids
+        return tuple(tokenizer.encode(content, parse_special=False))
 
-    def _prefix(self, turns: tuple[Turn, ...]) -> list[int]:
-        return list(self.runtime.render(self._messages(turns[self._left :])).ids)
+    # --- helpers ----------------------------------------------------------------------------------------------
 
     def _messages(self, turns: tuple[Turn, ...]) -> list[dict[str, str]]:
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *(turn.message for turn in turns)]
-
-    def _user_turn(self, index: int) -> int:
-        places = [place for place, turn in enumerate(self._turns) if turn.role == "user"]
-        if not places:
-            raise UsageError("nothing was said yet")
-        if isinstance(index, bool) or not isinstance(index, int) or not -len(places) <= index < len(places):
-            raise UsageError(
-                f"there is no message {index!r} of the user", hint=f"the conversation has 0 to {len(places) - 1}"
-            )
-        return places[index]
-
-    def _check_idle(self) -> None:
-        if self._making:
-            raise UsageError(MAKING, hint="finish or close its stream first")
-
-
-class _Collected:
-    """The events of one reply so far, and the result they amount to if no more come."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.request_id = ""
-        self.complete = False
-        self._clock = clock
-        self._began = clock()
-        self._prefilled: float | None = None
-        self._prompt = self._reused = self._dropped = self._dropped_turns = 0
-        self._text: list[str] = []
-        self._ids: list[int] = []
-        self._result: Result | None = None
-
-    def take(self, event: Event) -> None:
-        self.request_id = event.request_id
-        if isinstance(event, Started):
-            self._prompt, self._reused, self._began = event.prompt_tokens, event.reused_tokens, self._clock()
-        elif isinstance(event, Prefilled):
-            self._prefilled = event.seconds
-        elif isinstance(event, Text):
-            self._text.append(event.text)
-            self._ids += event.ids
-        elif isinstance(event, Dropped):
-            self._dropped += event.tokens
-            self._dropped_turns += event.turns
-        elif isinstance(event, Finished):
-            self._result, self.complete = event.result, True
-
-    def result(self) -> Result:
-        if self._result is not None:
-            return self._result
-        seconds = self._clock() - self._began
-        prefill = seconds if self._prefilled is None else self._prefilled
-        return Result(
-            text="".join(self._text),
-            ids=tuple(self._ids),
-            stop_reason="cancelled",
-            prompt_tokens=self._prompt,
-            reused_tokens=self._reused,
-            generated_tokens=len(self._ids),
-            seconds_prefill=prefill,
-            seconds_decode=max(0.0, seconds - prefill),
-            dropped_tokens=self._dropped,
-            dropped_turns=self._dropped_turns,
-        )
 
 
 def _skip(turns: tuple[Turn, ...], start: int, count: int) -> int:
@@ -336,13 +346,3 @@ def _last(events: Iterator[Event]) -> Result:
         if isinstance(event, Finished):
             return event.result
     raise RuntimeError("a stream of events ended without Finished")
-
-
-def _checked(text: str, what: str) -> str:
-    if not isinstance(text, str):
-        raise UsageError(f"{what} must be text, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise UsageError(f"{what} holds half a character (a lone surrogate)") from err
-    return text

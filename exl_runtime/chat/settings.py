@@ -12,35 +12,62 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
+from ..generation.grammar import Grammar
 from ..generation.request import OVERFLOWS
 from ..sampling.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
+NOT_TYPED = ("sampling", "grammar")  # one has its own names, the other its own command
 NOTHING = ("none", "off", "null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplySettings:
-    """max_tokens: the most tokens of one reply; stop: texts that end it; overflow: "error" | "drop" | "window"."""
+    """max_tokens: the most tokens of one reply; stop: texts that end it; overflow: "error" | "drop" | "window".
+
+    banned_strings: texts that never appear in it; grammar: what it has to look like.
+    """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: tuple[str, ...] = ()
     overflow: str = "drop"
+    banned_strings: tuple[str, ...] = ()
+    grammar: Grammar | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens!r}", hint="give a whole number of at least 1")
-        if isinstance(self.stop, str) or any(not isinstance(text, str) or not text for text in self.stop):
-            raise UsageError(f"stop is {self.stop!r}", hint="give a list of texts that are not empty")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("stop", "banned_strings"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or any(not isinstance(text, str) or not text for text in texts):
+                raise UsageError(f"{name} is {texts!r}", hint="give a list of texts that are not empty")
+            object.__setattr__(self, name, tuple(texts))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise UsageError(f"grammar is {self.grammar!r:.60}", hint="Grammar.json_schema(...) makes one, say")
         if self.overflow not in OVERFLOWS:
             raise UsageError(f"unknown overflow policy {self.overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON can hold; infinities as text."""
         sampling = {name: _plain(value) for name, value in self.sampling.to_dict().items()}
-        return {"max_tokens": self.max_tokens, "stop": list(self.stop), "overflow": self.overflow, "sampling": sampling}
+        plain = {
+            "max_tokens": self.max_tokens,
+            "stop": list(self.stop),
+            "overflow": self.overflow,
+            "sampling": sampling,
+        }
+        if self.banned_strings:
+            plain["banned_strings"] = list(self.banned_strings)
+        if self.grammar is not None:
+            plain["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
+        return plain
+
+    @property
+    def steering(self) -> dict[str, Any]:
+        """The arguments of `Runtime.stream` that are only given when they say something."""
+        steering: dict[str, Any] = {"banned_strings": self.banned_strings, "grammar": self.grammar}
+        return {name: value for name, value in steering.items() if value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ReplySettings":
@@ -51,8 +78,11 @@ class ReplySettings:
         sampling = given.pop("sampling", {})
         if not isinstance(sampling, Mapping):
             raise UsageError('"sampling" is not an object')
-        if "stop" in given and not isinstance(given["stop"], list):
-            raise UsageError('"stop" is not a list')
+        for name in ("stop", "banned_strings"):
+            if name in given and not isinstance(given[name], list):
+                raise UsageError(f'"{name}" is not a list')
+        if "grammar" in given:
+            given["grammar"] = _grammar(given["grammar"])
         bias = sampling.get("logit_bias", {})
         if isinstance(bias, Mapping):
             revived = {key: -math.inf if value == "-inf" else value for key, value in bias.items()}
@@ -66,9 +96,18 @@ def _plain(value: Any) -> Any:
     return "-inf" if value == -math.inf else value
 
 
+def _grammar(value: Any) -> Grammar:
+    kinds = get_args(get_type_hints(Grammar)["kind"])
+    if not isinstance(value, Mapping) or set(value) != {"kind", "text"} or value["kind"] not in kinds:
+        raise UsageError('"grammar" is not a kind and a text')
+    if not isinstance(value["text"], str) or not value["text"]:
+        raise UsageError('the text of "grammar" is not text')
+    return Grammar(value["kind"], value["text"])
+
+
 def setting_names() -> tuple[str, ...]:
     """Everything `/set` takes: the reply settings, then the sampling parameters."""
-    own = [entry.name for entry in fields(ReplySettings) if entry.name != "sampling"]
+    own = [entry.name for entry in fields(ReplySettings) if entry.name not in NOT_TYPED]
     return (*own, *(entry.name for entry in fields(SamplingParams)))
 
 
@@ -114,7 +153,7 @@ def full_name(name: str) -> str:
 
 
 def _own() -> frozenset[str]:
-    return frozenset(entry.name for entry in fields(ReplySettings)) - {"sampling"}
+    return frozenset(entry.name for entry in fields(ReplySettings)) - set(NOT_TYPED)
 
 
 def parse(name: str, kind: Any, text: str) -> Any:
@@ -150,7 +189,7 @@ def _words(name: str, text: str) -> list[str]:
         words = shlex.split(text, posix=True)
     except ValueError as err:
         raise UsageError(f"{name}: {text!r} has a quote that is not closed") from err
-    if name in ("stop", "dry_sequence_breakers"):
+    if name in ("stop", "banned_strings", "dry_sequence_breakers"):
         return [word.replace("\\n", "\n").replace("\\t", "\t") for word in words]
     return [part for word in words for part in word.split(",") if part]
 

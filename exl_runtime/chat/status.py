@@ -62,6 +62,7 @@ REASONS = {
     "cancelled": "stopped by you (/continue goes on)",
     "context": "the context is full",
     "deadline": "out of time",
+    "loop": "stopped: it went round in circles",
 }
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 ROLES = ("user", "assistant")  # the system prompt belongs to the session, not to a turn
+CUT_SHORT = ("length", "cancelled", "deadline")  # stop reasons after which a reply can go on token by token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,14 @@
 
 import argparse
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..chat.settings import DEFAULT_MAX_TOKENS, ReplySettings
-from ..console.terminal import Terminal, user_text
+from ..console.terminal import Terminal, clean_line, user_text
+from ..errors import UsageError
 from .options import (
     add_loading,
     add_model,
@@ -18,6 +21,10 @@ from .options import (
     open_runtime,
     stop_texts,
 )
+
+if TYPE_CHECKING:
+    from ..chat.session import ChatSession
+    from ..runtime import Runtime
 
 DEMO_MAX_TOKENS = 200  # the toy has little to say, and does not always notice when it has said it
 DEMO_TEMPERATURE = 0.3  # it knows few things well; drawing boldly makes it wrong
@@ -33,7 +40,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_reply(parser, overflow=OVERFLOW, max_tokens=None, shown=f"{DEFAULT_MAX_TOKENS}, demo {DEMO_MAX_TOKENS}")
     add_sampling(parser)
     group = parser.add_argument_group("the terminal")
-    group.add_argument("--load", metavar="FILE", help="go on with a saved conversation")
+    group.add_argument("--load", metavar="FILE", help="go on with a saved conversation, or number N of --list")
+    group.add_argument("--resume", action="store_true", help="go on with the conversation that was kept last")
+    group.add_argument("--list", action="store_true", help="list the conversations that were kept, and leave")
+    group.add_argument("--no-keep", action="store_true", help="do not keep this conversation in your state folder")
     group.add_argument("--plain", action="store_true", help="no colours, no cursor movement, a simple input line")
     group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
     add_output(parser)
@@ -43,28 +53,24 @@ def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
     from ..chat import repl
     from ..chat.screen import make_screen
-    from ..chat.session import ChatSession
 
-    sampling = chosen_sampling(args)
+    if args.resume and args.load is not None:
+        raise UsageError("--resume and --load are two ways to go on", hint="give one of them")
+    terminal = Terminal.detect(plain=args.plain, no_color=args.no_color)
+    if args.list:
+        return _list()
     settings = ReplySettings(
         max_tokens=args.max_tokens or DEFAULT_MAX_TOKENS,
         stop=stop_texts(args),
         overflow=args.overflow,
-        sampling=sampling,
+        sampling=chosen_sampling(args),
     )
-    terminal = Terminal.detect(plain=args.plain, no_color=args.no_color)
+    kept = _kept(args)  # before a model is opened in vain
     screen = make_screen(terminal)
-    with open_runtime(args) as runtime:
-        if runtime.info.is_demo:
-            if args.max_tokens is None:
-                settings = replace(settings, max_tokens=DEMO_MAX_TOKENS)
-            if args.sampling_temperature is None:
-                settings = replace(settings, sampling=replace(sampling, temperature=DEMO_TEMPERATURE))
-        if args.load is not None:
-            session = ChatSession.load(args.load, runtime)
-            session.settings = overlaid(session.settings, args)
-        else:
-            session = ChatSession(runtime, settings=settings)
+    with ExitStack() as opened:
+        runtime = opened.enter_context(open_runtime(args))
+        session = _session(args, runtime, settings, kept)
+        opened.callback(lambda: session.close())
         if args.system is not None:
             session.system = user_text(args.system)
         if not terminal.interactive:
@@ -73,11 +79,62 @@ def run(args: argparse.Namespace) -> int:
             return 0
         from ..chat.editor import make_editor
 
+        def open_model(name: str) -> "Runtime":
+            template = args.template if name in (args.model, runtime.info.path) else None
+            return opened.enter_context(
+                open_runtime(argparse.Namespace(**vars(args) | {"model": name, "template": template, "draft": None}))
+            )
+
         repl.greet(session, screen)
-        file = None if args.load is None else Path(args.load)
-        repl.run(session, screen, make_editor(terminal), file=file)
+        repl.run(
+            session,
+            screen,
+            make_editor(terminal),
+            file=None if args.load is None or kept is not None else Path(args.load),
+            keep=not args.no_keep,
+            open_model=open_model,
+        )
         if terminal.editor:
             sys.stdout.write("\n" if not terminal.styled else "")
+    return 0
+
+
+def _kept(args: argparse.Namespace) -> Path | None:
+    """The kept conversation that the arguments name, if they name one. Raises UsageError."""
+    from ..chat import store
+
+    if args.resume:
+        known = store.paths()
+        if not known:
+            raise UsageError("no conversation was kept yet", hint=f"they are kept in {store.chats_dir()}")
+        return known[0]
+    if args.load is None or Path(args.load).exists():
+        return None
+    return store.find(args.load)
+
+
+def _session(args: argparse.Namespace, runtime: "Runtime", settings: ReplySettings, kept: Path | None) -> "ChatSession":
+    from ..chat.session import ChatSession
+
+    if kept is not None or args.load is not None:
+        session = ChatSession.load(args.load, runtime) if kept is None else ChatSession.resume(kept, runtime)
+        session.settings = overlaid(session.settings, args)
+        return session
+    if runtime.info.is_demo:
+        if args.max_tokens is None:
+            settings = replace(settings, max_tokens=DEMO_MAX_TOKENS)
+        if args.sampling_temperature is None:
+            settings = replace(settings, sampling=replace(settings.sampling, temperature=DEMO_TEMPERATURE))
+    return ChatSession(runtime, settings=settings)
+
+
+def _list() -> int:
+    from ..chat import store
+    from ..chat.commands.files import rows_of
+
+    for chat in store.stored():
+        number, title, about = rows_of(chat)
+        print(f"{number:>4}  {clean_line(title)}  ({about})")
     return 0
 
 

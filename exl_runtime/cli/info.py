@@ -6,13 +6,13 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .options import add_model, add_output, length_or_auto
+from .options import add_model, add_output, cache_or_auto, length_or_auto
 
 if TYPE_CHECKING:
     from ..model.summary import ModelSummary
 
 HELP = "architecture, format, bits per weight by kind of matrix, memory for a context length"
-USAGE = "MODEL [--context N] [--json]"
+USAGE = "MODEL [--context N] [--cache TYPE] [--json]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to plan memory for",
     )
+    parser.add_argument(
+        "--cache", type=cache_or_auto, default="auto", metavar="TYPE", help="cache type to plan memory for (auto)"
+    )
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     add_output(parser)
 
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from ..model.summary import summarize
     from ..runtime.load import find
 
-    summary = summarize(find(args.model), None if args.context == "auto" else args.context)
+    summary = summarize(find(args.model), None if args.context == "auto" else args.context, cache=args.cache)
     if args.json:
         sys.stdout.write(json.dumps(asdict(summary)) + "\n")
     else:

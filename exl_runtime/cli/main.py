@@ -19,9 +19,9 @@ from .. import __version__
 from ..console.program import BUG, INTERRUPTED, NO_READER, USER_ERROR, StrictParser, silence_stdout
 from ..console.terminal import clean_line, clean_message, tolerant_streams
 from ..errors import ExlError
-from . import chat, doctor, forward, info, run
+from . import chat, doctor, forward, info, run, serve
 
-COMMANDS = {"chat": chat, "run": run, "info": info, "doctor": doctor}
+COMMANDS = {"chat": chat, "run": run, "serve": serve, "info": info, "doctor": doctor}
 DESCRIPTION = "Local chat with EXL2, GPTQ and plain safetensors models, on a GPU or on a plain CPU."
 EPILOG = "exl chat                     talk to the bundled toy model\nexl chat path/to/model       talk to a real one"
 OUTPUT_LOST = (errno.EBADF, errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)  # closed, full, gone

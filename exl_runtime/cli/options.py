@@ -3,16 +3,20 @@
 import argparse
 import gc
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cache.names import CHOICES, check_name
 from ..chat.settings import parse
 from ..console.terminal import clean_message, user_text
+from ..errors import UsageError
 from ..sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from ..runtime import Runtime
 
 OVERFLOWS = ("error", "drop", "window")
+SPECULATE = ("auto", "ngram", "draft", "off")
 NOT_HERE = ("logprobs",)  # sampling parameters that are not about choosing; commands decide on them
 SHORT = {"temperature": ("-t",), "seed": ("-s",)}
 
@@ -40,9 +44,23 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--context", type=length_or_auto, default="auto", metavar="N", help="tokens of the longest conversation (auto)"
     )
     group.add_argument(
-        "--cache", default="auto", choices=("auto", "fp32", "fp16", "bf16"), help="type of keys and values (auto)"
+        "--cache",
+        type=cache_or_auto,
+        default="auto",
+        metavar="TYPE",
+        help=f"type of keys and values: {CHOICES} (default: auto)",
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
+    group.add_argument(
+        "--draft", metavar="FOLDER", help="a smaller model with the same tokens guesses ahead: faster, the same text"
+    )
+    group.add_argument(
+        "--speculate",
+        choices=SPECULATE,
+        default="auto",
+        help="guess tokens ahead from the text so far, with the draft model, or not at all; the text stays the same "
+        "(default: auto, whatever there is)",
+    )
     group.add_argument("--template", metavar="FILE", help="chat template to use instead of the model's own")
 
 
@@ -81,6 +99,66 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
             metavar=metavar(kinds[entry.name]),
             help=f"default: {default:g}" if plain else None,
         )
+
+
+def add_constraints(parser: argparse.ArgumentParser) -> None:
+    """Options about what a reply has to look like; `chosen_constraints` reads them back."""
+    group = parser.add_argument_group("what the reply looks like", "grammars need the package llguidance")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--json-schema", metavar="FILE", help="JSON that is valid under this JSON Schema")
+    one.add_argument("--regex", metavar="PATTERN", help="text that matches all of this regular expression")
+    one.add_argument("--grammar", metavar="FILE", help="text of this grammar (Lark's EBNF)")
+    one.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; repeatable")
+    group.add_argument("--ban", action="append", metavar="TEXT", help="text that must not appear; repeatable")
+    group.add_argument("--prefix", default="", metavar="TEXT", help="the reply begins with this text")
+    group.add_argument("--heal", action="store_true", help="the prompt may end within a word (for --raw)")
+    group.add_argument(
+        "--stop-loop",
+        type=loop,
+        metavar="N,TIMES",
+        help="end the reply when up to N tokens have come TIMES times in a row; say 32,4",
+    )
+
+
+def chosen_constraints(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Runtime.stream` that the options stand for. Raises UsageError for files and bad grammars."""
+    from ..generation.grammar import Grammar
+
+    grammar = None
+    if args.json_schema is not None:
+        grammar = Grammar.json_schema(text_of_file(args.json_schema))
+    elif args.regex is not None:
+        grammar = Grammar.regex(user_text(args.regex))
+    elif args.grammar is not None:
+        grammar = Grammar.lark(text_of_file(args.grammar))
+    elif args.choice is not None:
+        grammar = Grammar.choice([user_text(text) for text in args.choice])
+    return {
+        "grammar": grammar,
+        "banned_strings": tuple(user_text(text) for text in args.ban or ()),
+        "prefix": user_text(args.prefix),
+        "heal": args.heal,
+        "stop_loop": args.stop_loop,
+    }
+
+
+def text_of_file(name: str) -> str:
+    """A small file of text. Raises UsageError."""
+    try:
+        return Path(name).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as err:
+        raise UsageError(f"cannot read {name}: {getattr(err, 'strerror', None) or 'it is no UTF-8 text'}") from err
+
+
+def loop(text: str) -> tuple[int, int]:
+    """`N,TIMES` of --stop-loop."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{clean_message(text)!r} is not N,TIMES")
+    longest, times = (positive(part) for part in parts)
+    if times < 2:
+        raise argparse.ArgumentTypeError("TIMES is at least 2")
+    return longest, times
 
 
 def sampling_kinds() -> dict[str, Any]:
@@ -141,6 +219,8 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             cache=args.cache,
             threads=args.threads,
             template=args.template,
+            draft=args.draft,
+            speculate=args.speculate,
             progress=progress,
         )
     # What exists by now stays to the end; from here on garbage is collected, among what comes later only.
@@ -167,6 +247,16 @@ def length_or_auto(text: str) -> int | str:
     if text[-1:] in "kK" and text[:-1].isdigit():
         return positive(text[:-1]) * 1024
     return positive(text)
+
+
+def cache_or_auto(text: str) -> str:
+    """`auto`, or the name of a cache type."""
+    if text == "auto":
+        return text
+    try:
+        return check_name(text)
+    except UsageError as err:
+        raise argparse.ArgumentTypeError(f"{clean_message(text)!r} is no cache type: use auto, {CHOICES}") from err
 
 
 def add_output(parser: argparse.ArgumentParser, *, verbose: bool = True) -> None:

@@ -11,11 +11,13 @@ from ..chat.status import DEMO_LINE, status_line
 from ..console.terminal import clean, user_text
 from ..errors import ExlError, UsageError
 from .options import (
+    add_constraints,
     add_loading,
     add_model,
     add_output,
     add_reply,
     add_sampling,
+    chosen_constraints,
     chosen_sampling,
     open_runtime,
     stop_texts,
@@ -40,6 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_reply(parser, overflow="error", max_tokens=MAX_TOKENS, shown=str(MAX_TOKENS))
     parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="end the reply after so long")
     add_sampling(parser)
+    add_constraints(parser)
     add_loading(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON event per line; the last has the whole result")
@@ -50,6 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Open the model, answer, report. Raises ExlError."""
     sampling = chosen_sampling(args)  # wrong values are known before a model is loaded
+    constraints = chosen_constraints(args)
     if args.system is not None and (args.raw or args.ids):
         raise UsageError("--system needs a chat template", hint="leave out --raw and --ids, or put it into the prompt")
     prompt = read_prompt(args)
@@ -65,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 overflow=args.overflow,
                 deadline=args.deadline,
                 logprobs=args.logprobs,
+                **constraints,
             ) as events,
         ):
             if runtime.info.is_demo and not args.json:

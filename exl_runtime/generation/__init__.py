@@ -3,6 +3,10 @@
 `request.py`   what is asked, what comes back, the states between   `stream.py`    events, and text up to a stop string
 `intake.py`    from a request to a sequence: limits, overflow       `stops.py`     stop ids and stop strings
 `sequence.py`  the mutable side of a request                        `scheduler.py` who runs next, in which pages
-`runner.py`    a step as one forward pass, and the draws            `engine.py`    one step after another
+`runner.py`    a step as one forward pass                           `engine.py`    one step after another
 `generator.py` the front: submit, cancel, stream, from any thread
+
+Guesses ahead: `speculation.py` who guesses, `lookup.py` from the text so far, `drafting.py` with a second model,
+`pace.py` how far. Constraints: `steering.py` edits logits, `grammar.py` and `matching.py` grammars, `banning.py` banned
+strings, `vocabulary.py` what tokens spell, `guidance.py` classifier-free guidance.
 """

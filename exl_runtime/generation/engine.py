@@ -1,4 +1,4 @@
-"""One step after another: schedule, compute, draw, turn tokens into text, end what has ended.
+"""One step after another: guess, schedule, compute, draw, turn tokens into text, end what has ended.
 
 Single-threaded and without a queue of its own; `generator.py` puts threads around it. A sequence gives its pages
 back in `_retire`, the one way out, whether it finished or failed.
@@ -8,16 +8,22 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..cache.pages import PageTable
 from ..cache.storage import KVStorage
 from ..cache.window import Cut
-from ..errors import CacheFull
-from ..sampling.draw import Draw
+from ..errors import CacheFull, UsageError
+from ..sampling.draw import Draw, with_logprobs
 from .request import RequestState, StopReason, TokenLogprob
 from .runner import Runner
 from .scheduler import Chunk, Scheduler, Step
 from .sequence import Sequence
+from .speculation import Speculator
+from .stops import is_loop
 from .stream import Dropped, Event, Failed, Finished, Prefilled, Started, Text
+
+REWINDS = 1000  # of one request, because of banned strings; beyond that it cannot do without them
 
 
 @dataclass(slots=True)
@@ -30,6 +36,8 @@ class Totals:
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Engine:
@@ -40,6 +48,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         kv: KVStorage,
+        speculator: Speculator,
         *,
         context: int,
         cut: Callable[[int, int], Cut],
@@ -50,14 +59,17 @@ class Engine:
         self._table: PageTable = scheduler.table
         self._runner = runner
         self._kv = kv
+        self._speculator = speculator
         self._context = context
         self._cut = cut
         self._clock = clock
 
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
+        self._speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         self._announce(step, events)
+        self._speculator.fill(step.decode)
         if step.prefill or step.decode:
             self.totals.steps += 1
             self._execute(step.chunks, events)
@@ -93,16 +105,54 @@ class Engine:
     def _execute(self, chunks: Many[Chunk], events: list[Event]) -> None:
         ready = [chunk for chunk in chunks if self._copied(chunk.sequence, events)]
         outcomes = self._runner.run(ready) if ready else []
+        self._speculator.follow(ready)
         for chunk, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 self._fail(chunk.sequence, outcome, events)
                 continue
             try:
-                self.scheduler.commit(chunk)
-                if outcome is not None:
-                    self._advance(chunk.sequence, outcome, events)
+                self._settle(chunk, outcome, events)
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
+
+    def _settle(self, chunk: Chunk, rows: Tensor | None, events: list[Event]) -> None:
+        """A chunk is computed: draw behind it, and behind each of its guesses while the draw before is that guess."""
+        sequence, base = chunk.sequence, chunk.stop
+        if sequence.scores_prompt and rows is not None:
+            _score(chunk, rows)
+        last = chunk.wants_logits  # before tokens are added
+        self.scheduler.commit(chunk)
+        if not last:
+            return
+        assert rows is not None
+        accepted, sequence.drafted_tokens = 0, sequence.drafted_tokens + len(chunk.draft)
+        for row, guess in zip(rows[-1 - len(chunk.draft) :], (*chunk.draft, None), strict=True):
+            draw = self._draw(sequence, row)
+            right = draw.id == guess
+            accepted += right
+            sequence.accepted_tokens += right
+            self._advance(sequence, draw, events)
+            if not right or sequence.state is not RequestState.DECODE:
+                break
+            # The guess was right: its keys and values are there already.
+            self.scheduler.commit(Chunk(sequence, sequence.kv_length, sequence.kv_length + 1))
+        if sequence.room:
+            self._speculator.learn(sequence, len(chunk.draft), accepted, base)
+            if sequence.state is RequestState.DECODE:
+                self.scheduler.trim(sequence)
+
+    def _draw(self, sequence: Sequence, row: Tensor) -> Draw:
+        sampler, steering = sequence.sampler, sequence.steering
+        if sequence.bans is not None:
+            sequence.sampler_states.append(sampler.state())
+        if sequence.shadow is not None:
+            row = sequence.shadow.guided(row, sequence.generated, compute=self._runner.last_logits)
+        if steering is None:
+            return sampler.sample(row, sequence.prompt, sequence.generated)
+        shaped = steering.shape(row, sequence.tokens, len(sequence.generated))
+        draw = sampler.sample(shaped, sequence.prompt, sequence.generated)
+        steering.accept(draw.id)
+        return draw if shaped is row else sampler.judge(draw.id, row)
 
     def _copied(self, sequence: Sequence, events: list[Event]) -> bool:
         """Carry out the copy a sequence waits for. False when that failed, and with it the request."""
@@ -113,6 +163,8 @@ class Engine:
         except Exception as err:
             self._fail(sequence, err, events)
             return False
+        if self._speculator.drafter is not None:
+            self._speculator.drafter.copy(copy)
         self.scheduler.settle(sequence)
         return True
 
@@ -130,13 +182,15 @@ class Engine:
         reason: StopReason | None = sequence.stop_ids.reason(draw.id)
         text = ""
         if reason is None:
-            text = sequence.stop_text.push(sequence.detokenizer.push(draw.id))
-            if sequence.stop_text.stopped:
-                reason = "stop"
-            elif len(sequence.generated) >= sequence.limit:
-                reason = "length"
-            elif len(sequence.tokens) >= self._context and sequence.request.overflow != "window":
-                reason = "context"
+            pieces = [sequence.detokenizer.push(draw.id)]
+            if sequence.bans is not None:
+                place = sequence.bans.push(pieces[0])
+                if place is not None:
+                    self._rewind(sequence, sequence.settled + place)
+                    return
+                pieces = sequence.bans.release()
+            text = sequence.tell(pieces)
+            reason = self._why_it_ends(sequence)
         if reason is not None:
             self._finish(sequence, reason, text, events)
             return
@@ -145,28 +199,57 @@ class Engine:
         if len(sequence.tokens) >= self._context:
             self._move_window(sequence, events)
 
+    def _why_it_ends(self, sequence: Sequence) -> StopReason | None:
+        loop = sequence.request.stop_loop
+        if sequence.stop_text.stopped or (sequence.steering is not None and sequence.steering.finished):
+            return "stop"
+        if len(sequence.generated) >= sequence.limit:
+            return "length"
+        if len(sequence.tokens) >= self._context and sequence.request.overflow != "window":
+            return "context"
+        return "loop" if loop is not None and is_loop(sequence.generated, *loop) else None
+
+    def _rewind(self, sequence: Sequence, index: int) -> None:
+        """Take the reply back to before token `index`, which began a banned string, and never draw it there again.
+
+        The sequence queues as one that yielded its pages: what it keeps is found in the cache, by the rules that let
+        others share it, and only the last of it is computed again.
+        """
+        sequence.rewinds += 1
+        if sequence.rewinds > REWINDS:
+            raise UsageError(
+                f"the reply was taken back {REWINDS} times because of banned strings",
+                hint="ban less: the model has little else to say here",
+            )
+        self.scheduler.requeue(sequence)
+        sequence.take_back(index)
+
     def _move_window(self, sequence: Sequence, events: list[Event]) -> None:
         """Let old tokens go; those that stay get new positions, so they are computed again."""
         gone = self._cut(len(sequence.tokens), sequence.request.keep)
         self.scheduler.requeue(sequence)
         del sequence.tokens[gone.start : gone.stop]
+        sequence.index = None
         sequence.dropped_tokens += gone.tokens
         events.append(Dropped(sequence.id, gone.tokens, 0))
 
     def _report(self, sequence: Sequence, text: str, events: list[Event]) -> None:
         sequence.text.append(text)
-        first, sequence.reported = sequence.reported, len(sequence.generated)
-        ids = tuple(sequence.generated[first:])
-        logprobs = tuple(sequence.logprobs[first:]) if sequence.request.sampling.logprobs else None
-        events.append(Text(sequence.id, text, ids, logprobs))
+        first, sequence.reported = sequence.reported, sequence.settled
+        ids = tuple(sequence.generated[first : sequence.reported])
+        logprobs = sequence.logprobs[first : sequence.reported]
+        told = tuple(logprobs) if sequence.request.sampling.logprobs else None
+        events.append(Text(sequence.id, text, ids, told))
 
     def _finish(self, sequence: Sequence, reason: StopReason, text: str, events: list[Event]) -> None:
         """End a request well; `text` is what its last token gave."""
         try:
-            text += sequence.stop_text.push(sequence.detokenizer.finish()) + sequence.stop_text.finish()
+            text += sequence.close()
         except Exception as err:
             self._fail(sequence, err, events)
             return
+        if sequence.stop_text.stopped:
+            reason = "stop"
         self._retire(sequence, RequestState.FINISHED)
         if text or sequence.reported < len(sequence.generated):
             self._report(sequence, text, events)
@@ -178,8 +261,21 @@ class Engine:
 
     def _retire(self, sequence: Sequence, state: RequestState) -> None:
         # What a failed request computed is in doubt: nobody shall find it.
+        if state is RequestState.FINISHED and sequence.copy is None:
+            self._speculator.leave(sequence)
         self.scheduler.remove(sequence, state, forget=state is RequestState.FAILED)
+        self.totals.drafted_tokens += sequence.drafted_tokens
+        self.totals.accepted_tokens += sequence.accepted_tokens
         self.totals.requests += 1
         self.totals.prompt_tokens += len(sequence.prompt)
         self.totals.reused_tokens += sequence.reused_tokens or 0
         self.totals.generated_tokens += len(sequence.generated)
+
+
+def _score(chunk: Chunk, rows: Tensor) -> None:
+    """Note the log-probabilities of the prompt's tokens that these logits speak of."""
+    sequence = chunk.sequence
+    first = len(sequence.prompt_scores) + 1
+    for token, row in zip(sequence.prompt[first:], rows[first - 1 - chunk.start :], strict=False):
+        draw = with_logprobs(token, row.numpy(), sequence.request.prompt_logprobs)
+        sequence.prompt_scores.append(TokenLogprob(draw.id, draw.logprob or 0.0, draw.top))

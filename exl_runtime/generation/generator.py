@@ -18,12 +18,14 @@ from torch import Tensor
 from ..cache.pages import PageTable
 from ..cache.storage import KVStorage
 from ..errors import PromptTooLong, UsageError
+from .drafting import Drafter
 from .engine import Engine
 from .intake import Intake, MakeSampler
 from .request import Request, Result
 from .runner import Model, Runner, Visit
 from .scheduler import MAX_RUNNING, PREFILL_TOKENS, Scheduler
 from .sequence import Sequence
+from .speculation import Speculator
 from .stream import Event, Failed, Finished
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class GeneratorStats:
     pages_total: int
     pages_held: int
     pages_idle: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Generator:
@@ -60,9 +64,11 @@ class Generator:
         prefill_tokens: int = PREFILL_TOKENS,
         max_running: int = MAX_RUNNING,
         make_sampler: MakeSampler | None = None,
+        draft: tuple[Model, KVStorage] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`context`: most tokens of one sequence, prompt and reply; by default the model's, or what the cache holds.
+        `draft`: a model with the same vocabulary that guesses ahead, and as many pages for it as `kv` has.
 
         Raises UsageError when the cache cannot hold one sequence of that length.
         """
@@ -78,12 +84,25 @@ class Generator:
         self.table = PageTable(kv.pages, page_size=kv.page_size)
         self._clock = clock
         self._intake = Intake(
-            model.spec, tokenizer, context=self.context, page_size=kv.page_size, make_sampler=make_sampler
+            model.spec,
+            tokenizer,
+            context=self.context,
+            page_size=kv.page_size,
+            make_sampler=make_sampler,
+            drafts=draft is not None,
         )
         self._scheduler = Scheduler(self.table, prefill_tokens=prefill_tokens, max_running=max_running)
         self._runner = Runner(model, kv)
+        drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
+        self._speculator = Speculator(drafter, context=self.context)
         self._engine = Engine(
-            self._scheduler, self._runner, kv, context=self.context, cut=self._intake.cut, clock=clock
+            self._scheduler,
+            self._runner,
+            kv,
+            self._speculator,
+            context=self.context,
+            cut=self._intake.cut,
+            clock=clock,
         )
         # Both reentrant: the garbage collector may close an abandoned `stream` anywhere, also inside of either.
         # Who holds the second never waits for the first.
@@ -117,6 +136,8 @@ class Generator:
             pages_total=self.table.pages,
             pages_held=self.table.pages - self.table.available,
             pages_idle=self.table.idle,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
         )
 
     def submit(self, request: Request) -> str:
@@ -189,6 +210,11 @@ class Generator:
                 self._runner.each_logits(list(tokens), pages, rope_length, visit, first=first, chunk=chunk)
             finally:
                 self.table.release(pages)
+
+    def remember(self, tokens: Many[int]) -> None:
+        """Let guesses come from this text too, as they do from replies of the past."""
+        with self._own_turn():
+            self._speculator.memory.add(tokens)
 
     def forget(self) -> None:
         """Empty the prefix cache of all that no running request uses."""

@@ -1,13 +1,14 @@
-"""Runs a step: chunks of sequences in, one drawn token (or the reason why not) per finished chunk out.
+"""Runs a step: chunks of sequences in, the logits each chunk wants (or the reason why not) out.
 
-Knows no text and no stopping. A pass that fails as a whole is repeated one sequence at a time, so that only the
-sequences at fault are lost: running a chunk twice writes the same keys and values to the same places.
+Knows no text, no sampling and no stopping. A pass that fails as a whole is repeated one sequence at a time, so that
+only the sequences at fault are lost: running a chunk twice writes the same keys and values to the same places.
 """
 
 import logging
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
@@ -17,13 +18,23 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
 from ..model.batch import ForwardBatch
-from ..sampling.draw import Draw
+from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
 log = logging.getLogger(__name__)
 
 Visit: TypeAlias = Callable[[int, Tensor], None]
-Outcome: TypeAlias = Draw | Exception | None  # None: computed, and no token was wanted yet
+Outcome: TypeAlias = Tensor | Exception | None  # float32 (chunk.rows, vocab) on the CPU; None: no rows were wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """New tokens of one sequence, at the cache indices start ... stop - 1 of these pages."""
+
+    ids: Many[int]
+    pages: Many[int]
+    start: int
+    stop: int
 
 
 class Model(Protocol):
@@ -48,7 +59,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, chunks: Many[Chunk]) -> list[Outcome]:
-        """Compute the chunks in one pass and draw the next token of every chunk that ends its sequence's tokens."""
+        """Compute the chunks in one pass."""
         try:
             logits = self.model.forward(self._batch(chunks), self.kv)
         except Exception as err:  # whatever it is, it belongs to the owners of these requests
@@ -61,11 +72,13 @@ class Runner:
         outcomes: list[Outcome] = []
         row = 0
         for chunk in chunks:
-            if not chunk.wants_logits:
-                outcomes.append(None)
-                continue
-            outcomes.append(_draw(chunk, logits[row]) if finite[row] else _non_finite(chunk, logits[row]))
-            row += 1
+            rows = range(row, row + chunk.rows)
+            row = rows.stop
+            bad = [index for index in rows if not finite[index]]
+            if bad:
+                outcomes.append(_non_finite(chunk, logits[bad[0]], chunk.end - (rows.stop - bad[0]) + 1))
+            else:
+                outcomes.append(logits[rows.start : rows.stop] if len(rows) else None)
         return outcomes
 
     @torch.inference_mode()
@@ -79,48 +92,59 @@ class Runner:
         for start in range(0, len(tokens), chunk):
             stop = min(start + chunk, len(tokens))
             wanted = range(max(0, first - start), stop - start)
-            batch = self._describe([(tokens, pages, start, stop)], wanted, (rope_length,), None)
+            part = Part(tokens[start:stop], pages, start, stop)
+            batch = self.describe([part], wanted, (rope_length,), None)
             rows = self.model.forward(batch, self.kv)
             if len(wanted):
                 visit(start + wanted.start, rows.cpu())
 
+    @torch.inference_mode()
+    def last_logits(self, ids: Many[int], pages: Many[int], start: int, rope_length: int) -> Tensor:
+        """float32 (vocab,) on the CPU: after `ids` at the cache indices from `start`, `PASS` tokens at a time."""
+        for at in range(0, len(ids), PASS):
+            part = Part(ids[at : at + PASS], pages, start + at, start + min(at + PASS, len(ids)))
+            wanted = [len(part.ids) - 1] if at + PASS >= len(ids) else []
+            rows = self.model.forward(self.describe([part], wanted, (rope_length,), None), self.kv)
+        return rows[0].cpu()
+
     def _batch(self, chunks: Many[Chunk]) -> ForwardBatch:
-        parts = [(c.sequence.tokens, c.sequence.pages, c.start, c.stop) for c in chunks]
-        rows, end = [], -1
+        parts = [Part(chunk.ids, chunk.sequence.pages, chunk.start, chunk.end) for chunk in chunks]
+        rows: list[int] = []
+        end = 0
         for chunk in chunks:
-            end += chunk.stop - chunk.start
-            if chunk.wants_logits:
-                rows.append(end)
+            end += chunk.end - chunk.start
+            rows += range(end - chunk.rows, end)
         lengths = tuple(chunk.sequence.rope_length for chunk in chunks)
         identity = tuple((chunk.sequence.order, chunk.sequence.version) for chunk in chunks)
-        return self._describe(parts, rows, lengths, identity)
+        return self.describe(parts, rows, lengths, identity)
 
-    def _describe(
+    def describe(
         self,
-        parts: Many[tuple[Many[int], Many[int], int, int]],
+        parts: Many[Part],
         rows: Many[int],
         rope_lengths: tuple[int, ...],
         identity: tuple[tuple[int, int], ...] | None,
     ) -> ForwardBatch:
+        """A pass over `parts` with the logits of `rows`. While `identity` stays the same, so do all pages."""
         size = self.kv.page_size
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         starts = [0]
-        for ids, pages, start, stop in parts:
-            tokens += ids[start:stop]
-            positions += range(start, stop)
-            at = start
-            while at < stop:  # a run of slots for every page that is touched
-                until = min(stop, at - at % size + size)
-                first = pages[at // size] * size + at % size
+        for part in parts:
+            tokens += part.ids
+            positions += range(part.start, part.stop)
+            at = part.start
+            while at < part.stop:  # a run of slots for every page that is touched
+                until = min(part.stop, at - at % size + size)
+                first = part.pages[at // size] * size + at % size
                 slots += range(first, first + until - at)
                 at = until
             starts.append(len(tokens))
         # Two transfers instead of seven: everything of one width travels in one tensor.
         total, sequences = len(tokens), len(parts)
         wide = torch.tensor([*tokens, *positions, *slots, *rows], dtype=torch.int64).to(self.model.device)
-        narrow = torch.tensor([*starts, *(part[3] for part in parts)], dtype=torch.int32).to(self.model.device)
+        narrow = torch.tensor([*starts, *(part.stop for part in parts)], dtype=torch.int32).to(self.model.device)
         return ForwardBatch(
             tokens=wide[:total],
             positions=wide[total : 2 * total],
@@ -132,24 +156,14 @@ class Runner:
             logit_rows=wide[3 * total :],
         )
 
-    def _page_table(
-        self, parts: Many[tuple[Many[int], Many[int], int, int]], identity: tuple[tuple[int, int], ...] | None
-    ) -> Tensor:
+    def _page_table(self, parts: Many[Part], identity: tuple[tuple[int, int], ...] | None) -> Tensor:
         """int32 (S, P); the same tensor again while no sequence of the batch got another page."""
         if identity is None or identity != self._pages_of:
-            width = max(len(pages) for _, pages, _, _ in parts)
-            rows = [[*pages, *([0] * (width - len(pages)))] for _, pages, _, _ in parts]
+            width = max(len(part.pages) for part in parts)
+            rows = [[*part.pages, *([0] * (width - len(part.pages)))] for part in parts]
             self._pages = torch.tensor(rows, dtype=torch.int32).to(self.model.device)
             self._pages_of = identity or ()
         return self._pages
-
-
-def _draw(chunk: Chunk, logits: Tensor) -> Outcome:
-    sequence = chunk.sequence
-    try:
-        return sequence.sampler.sample(logits, sequence.prompt, sequence.generated)
-    except Exception as err:  # a mask that leaves nothing, say: one request's trouble, not its neighbours'
-        return err
 
 
 def _finite_rows(logits: Tensor) -> list[bool]:
@@ -158,10 +172,10 @@ def _finite_rows(logits: Tensor) -> list[bool]:
     return [math.isfinite(value) or bool(torch.isfinite(row).all()) for value, row in zip(sums, logits, strict=True)]
 
 
-def _non_finite(chunk: Chunk, logits: Tensor) -> NonFiniteError:
+def _non_finite(chunk: Chunk, logits: Tensor, position: int) -> NonFiniteError:
     bad = (~torch.isfinite(logits)).nonzero().flatten()
     return NonFiniteError(
-        f"request {chunk.sequence.id}: {bad.numel()} of {logits.numel()} logits for position {chunk.stop} are NaN or "
+        f"request {chunk.sequence.id}: {bad.numel()} of {logits.numel()} logits for position {position} are NaN or "
         f"infinite (the first is token {int(bad[0])})",
         hint="the weights are damaged or a kernel is wrong: try another backend, and check the files of the model",
     )

@@ -22,15 +22,34 @@ MAX_RUNNING = 64
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute tokens [start, stop) of a sequence. Its logits are wanted when stop is the end of its tokens."""
+    """Compute tokens [start, stop) of a sequence, and the guesses `draft` behind them. A token can be drawn behind it
+    when stop is the end of the sequence's tokens."""
 
     sequence: Sequence
     start: int
     stop: int
+    draft: tuple[int, ...] = ()
 
     @property
     def wants_logits(self) -> bool:
         return self.stop == len(self.sequence.tokens)
+
+    @property
+    def end(self) -> int:
+        """Where the guesses end."""
+        return self.stop + len(self.draft)
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids to compute."""
+        return [*self.sequence.tokens[self.start : self.stop], *self.draft]
+
+    @property
+    def rows(self) -> int:
+        """How many of the last places' logits are wanted."""
+        if self.sequence.scores_prompt and self.start < len(self.sequence.prompt) - 1:
+            return self.end - self.start
+        return len(self.draft) + self.wants_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +65,7 @@ class Step:
     @property
     def chunks(self) -> tuple[Chunk, ...]:
         """Everything to compute, decodes first."""
-        decode = tuple(Chunk(sequence, sequence.kv_length, sequence.kv_length + 1) for sequence in self.decode)
+        decode = tuple(Chunk(s, s.kv_length, s.kv_length + 1, tuple(s.draft)) for s in self.decode)
         return decode + self.prefill
 
 
@@ -97,7 +116,9 @@ class Scheduler:
                 decode.append(sequence)
         admitted: list[Sequence] = []
         stuck: list[Sequence] = []
-        left = max(self.prefill_tokens - len(decode), 1)
+        for sequence in decode:
+            self._grant(sequence)
+        left = max(self.prefill_tokens - len(decode) - sum(sequence.room for sequence in decode), 1)
         shares: dict[Sequence, int] = {}
         for sequence in self._prompts(admitted, stuck):
             rest = len(sequence.tokens) - sequence.kv_length
@@ -133,6 +154,12 @@ class Scheduler:
             sequence.keys.append(key)
         if sequence.state is RequestState.PREFILL:
             self._record_tail(sequence)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the pages that were taken for guesses and hold nothing: as if there had been none."""
+        while len(sequence.pages) > -(-sequence.kv_length // self.table.page_size):
+            self.table.release([sequence.pages.pop()])
+            sequence.version += 1
 
     def _prompts(self, admitted: list[Sequence], stuck: list[Sequence]) -> Iterator[Sequence]:
         """Prompts to work on, by rank: those that run, and between them those that can be let in."""
@@ -173,6 +200,16 @@ class Scheduler:
             sequence.version += 1
             return True
 
+    def _grant(self, sequence: Sequence) -> None:
+        """Room for as many guesses as wished, in pages that nobody else is going to miss."""
+        size = self.table.page_size
+        while sequence.kv_length + 1 + sequence.wish > len(sequence.pages) * size:
+            if self.table.available <= len(self.running):
+                break
+            sequence.pages.append(self.table.take())
+            sequence.version += 1
+        sequence.room = min(sequence.wish, len(sequence.pages) * size - sequence.kv_length - 1)
+
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix, and pages for all its tokens. False if there are too few."""
         table = self.table
@@ -180,11 +217,14 @@ class Scheduler:
         if self._refused == (sequence, table.version, len(self.running)):
             return False
         # At least the last token is computed again: its logits are wanted.
-        match = table.match(sequence.tokens, root=sequence.root, limit=len(sequence.tokens) - 1)
+        limit = min(len(sequence.tokens) - 1, sequence.reusable)
+        match = table.match(sequence.tokens, root=sequence.root, limit=limit)
         # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
         headroom = min(len(self.running), table.pages // 8)
         in_place = match.source is not None and table.references(match.source) == 1
-        if needed - len(match.pages) > table.available + in_place - headroom:
+        # A second branch has its pages from the start: it must never have to yield in the middle of a step.
+        beside = 0 if sequence.shadow is None else -(-sequence.shadow.most // table.page_size)
+        if needed + beside - len(match.pages) > table.available + in_place - headroom:
             table.release(match.pages if match.source is None else [*match.pages, match.source])
             self._refused = (sequence, table.version, len(self.running))
             return False
@@ -193,9 +233,12 @@ class Scheduler:
         insort(self.running, sequence, key=lambda other: other.rank)
         sequence.move(RequestState.PREFILL)
         sequence.kv_length = len(match.pages) * table.page_size + match.shared
+        sequence.draft_length = sequence.kv_length
         sequence.matched = len(match.pages)
         sequence.keys = match.keys
         sequence.follows = None
+        if sequence.shadow is not None:
+            sequence.shadow.pages = [table.take() for _ in range(beside)]
         fresh = [table.take() for _ in range(needed - len(match.pages) - (match.source is not None))]
         if match.source is not None:
             # After the others: when they took the last pages, the matched page itself goes on.
@@ -209,6 +252,8 @@ class Scheduler:
 
     def _should_follow(self, sequence: Sequence) -> bool:
         """True while a running prompt is still to compute a beginning that this sequence could reuse afterwards."""
+        if sequence.scores_prompt:
+            return False
         if sequence.follows is None:
             worthwhile = max(1, self.table.page_size // 8)
             for other in self.running:
@@ -236,6 +281,9 @@ class Scheduler:
         sequence.pages = []
         sequence.keys = []
         sequence.kv_length = 0
+        sequence.draft, sequence.wish, sequence.room = [], 0, 0
+        if sequence.shadow is not None:
+            sequence.shadow.release(self.table)
         sequence.version += 1
 
     def _record_tail(self, sequence: Sequence) -> None:

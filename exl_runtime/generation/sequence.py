@@ -1,13 +1,20 @@
 """The mutable side of a request: its tokens, its pages, how far it got. Decides nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..cache.pages import PageCopy
 from ..sampling.sampler import Sampler
 from ..tokenizer.detokenizer import Detokenizer
+from .banning import Bans
+from .guidance import Shadow
+from .lookup import SuffixIndex
+from .pace import Pace
 from .request import Request, RequestState, Result, StopReason, TokenLogprob, check_transition
+from .steering import Steering
 from .stops import StopIds
-from .stream import StopStream
+from .stream import StopStream, Trim
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +27,10 @@ class Sequence:
     kv_length  tokens whose keys and values are computed. While decoding, all but the last token
     copy       must be carried out before the first pass over this sequence
     version    changes whenever `pages` does
+    draft      guesses behind `tokens`, of which `room` have slots and `wish` were asked for; from the source of `pace`
+    draft_length  tokens whose keys and values the draft model has computed
+    settled    generated tokens that no banned string can take back
+    prompt_scores  log-probabilities of the prompt's tokens from the second on, as far as they are known
     """
 
     request: Request
@@ -50,6 +61,28 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reported: int = 0  # generated tokens that events have told of
     dropped_tokens: int = 0
+    planned: int = 0  # tokens, prompt and reply
+    # guesses
+    draft: list[int] = field(default_factory=list)
+    wish: int = 0
+    room: int = 0
+    pace: Pace | None = None
+    lookup_pace: Pace = field(default_factory=Pace)
+    model_pace: Pace = field(default_factory=Pace)
+    index: SuffixIndex | None = None
+    draft_length: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    # constraints
+    steering: Steering | None = None
+    shadow: Shadow | None = None
+    bans: Bans | None = None
+    trim: Trim | None = None
+    settled: int = 0
+    rewinds: int = 0
+    sampler_states: list[Any] = field(default_factory=list)  # before each token, where it may be taken back
+    new_detokenizer: Callable[[], Detokenizer] | None = None
+    prompt_scores: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt = tuple(self.tokens)
@@ -64,6 +97,16 @@ class Sequence:
         return -self.request.priority, self.order
 
     @property
+    def scores_prompt(self) -> bool:
+        """True while log-probabilities of the prompt are wanted."""
+        return self.request.prompt_logprobs > 0 and len(self.prompt_scores) < len(self.prompt) - 1
+
+    @property
+    def reusable(self) -> int:
+        """Most tokens that may come from the cache: logits that are wanted have to be computed."""
+        return len(self.prompt_scores) if self.scores_prompt else len(self.tokens)
+
+    @property
     def parent(self) -> bytes:
         """The key of everything before the first page that is not full."""
         return self.keys[-1] if self.keys else self.root
@@ -72,6 +115,39 @@ class Sequence:
         """Enter `state`. Raises IllegalTransition where the table does not allow it."""
         check_transition(self.id, self.state, state)
         self.state = state
+
+    def tell(self, pieces: list[str]) -> str:
+        """The text that became certain with these pieces, one of each of the next settled tokens. After a stop string
+        what follows is no part of the reply."""
+        text = ""
+        for piece in pieces:
+            self.settled += 1
+            text += self.stop_text.push(piece if self.trim is None else self.trim.push(piece))
+            if self.stop_text.stopped:
+                del self.generated[self.settled :], self.logprobs[self.settled :]
+                break
+        return text
+
+    def close(self) -> str:
+        """The last text: no token follows."""
+        text = "" if self.bans is None else self.tell(self.bans.flush())
+        rest = self.detokenizer.finish()
+        text += self.stop_text.push(rest if self.trim is None else self.trim.push(rest)) + self.stop_text.finish()
+        self.settled = len(self.generated)
+        return text
+
+    def take_back(self, index: int) -> None:
+        """Forget the tokens from `index` of the reply on; the first of them shall not come there again."""
+        count = len(self.generated) - index
+        assert self.bans is not None and self.steering is not None and self.new_detokenizer is not None
+        self.steering.back(index, count, self.generated[index])
+        self.sampler.restore(self.sampler_states[index])
+        del self.sampler_states[index:], self.generated[index:], self.logprobs[index:]
+        del self.tokens[len(self.tokens) - count :], self.bans.pending[index - self.settled :]
+        self.index = None
+        self.detokenizer = self.new_detokenizer()
+        for token in self.generated:  # how much of a character is open depends on all of them
+            self.detokenizer.push(token)
 
     def result(self, reason: StopReason, now: float) -> Result:
         """What there is to hand out when the request ends now."""
@@ -87,5 +163,8 @@ class Sequence:
             seconds_decode=now - first,
             logprobs=tuple(self.logprobs) if self.request.sampling.logprobs else None,
             dropped_tokens=self.dropped_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+            prompt_logprobs=(None, *self.prompt_scores) if self.request.prompt_logprobs else None,
             dropped_turns=self.request.dropped_turns,
         )

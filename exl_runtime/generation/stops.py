@@ -28,6 +28,17 @@ def find_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
     return start, end
 
 
+def is_loop(ids: Sequence[int], longest: int, times: int) -> bool:
+    """True when the last 1 to `longest` ids have come `times` times in a row."""
+    for period in range(1, min(longest, len(ids) // times) + 1):
+        if ids[-1] != ids[-1 - period]:
+            continue
+        tail = ids[-period * times :]
+        if tail[period:] == tail[:-period]:
+            return True
+    return False
+
+
 def held_back(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` with which a stop string could still begin."""
     longest = 0

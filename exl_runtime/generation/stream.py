@@ -66,6 +66,28 @@ class Failed:
 Event: TypeAlias = Started | Prefilled | Text | Dropped | Finished | Failed
 
 
+class Trim:
+    """Text in, text out without its beginning `opening`, or without that but for a first space that was not shown."""
+
+    def __init__(self, opening: str) -> None:
+        self._opening = opening
+        self._started = False
+
+    def push(self, text: str) -> str:
+        """What of `text` comes behind the opening; a text that goes another way is given up from there."""
+        if not text or not self._opening:
+            return text
+        if not self._started and self._opening[0] == " " != text[0]:
+            self._opening = self._opening[1:]
+        self._started = True
+        length = min(len(text), len(self._opening))
+        if text[:length] != self._opening[:length]:
+            self._opening = ""
+            return text
+        self._opening = self._opening[length:]
+        return text[length:]
+
+
 class StopStream:
     """Text in, text out, up to the first completed stop string, whatever the pieces in which the text arrives."""
 

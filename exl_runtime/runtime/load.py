@@ -12,13 +12,13 @@ from ..config.read import load_config
 from ..config.resolve import resolve
 from ..config.spec import ModelSpec
 from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
+from ..generation.request import SPECULATE, Speculate
 from ..model.loader import load_transformer
 from ..model.placement import (
     auto_context,
-    cache_name,
     cache_pages,
     geometry_of,
-    resolve_cache_dtype,
+    resolve_cache,
     resolve_device,
     resolve_dtype,
 )
@@ -27,6 +27,7 @@ from ..ops import native
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
+from .draft import open_draft
 from .runtime import Runtime, RuntimeInfo
 
 DEMO = "demo"
@@ -44,6 +45,8 @@ def load(
     dtype: str = "auto",
     threads: int | None = None,
     template: str | Path | None = None,
+    draft: str | Path | None = None,
+    speculate: Speculate = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Open a model.
@@ -52,19 +55,29 @@ def load(
     device    "auto" | "cpu" | "cuda" | "cuda:N"
     backend   "auto" | "cpu" | "cuda" | "reference": whose kernels run
     context   tokens of the longest conversation; "auto": the model's own, or what fits the free memory
-    cache     element type of keys and values: "auto" | "fp32" | "fp16" | "bf16"
+    cache     type of keys and values: "auto" | "fp32" | "fp16" | "bf16", or quantized: "q8" | "q6" | "q4" | "k6v4" ...
+              (kXvY: 2 to 8 bits for keys, for values)
     dtype     element type of what goes into the matrices: "auto" (fp32 on the CPU, fp16 elsewhere) or one of those
     threads   CPU threads; None: one per physical core
     template  a Jinja file to use instead of the model's own chat template
+    draft     a smaller model with the same tokens, or this one with fewer bits: it guesses ahead, which saves time
+              where it is often right and changes no token
+    speculate  where guesses come from when a request does not say: "auto" | "ngram" | "draft" | "off"
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
     """
     started = time.perf_counter()
+    if speculate not in SPECULATE or (speculate == "draft" and draft is None):
+        raise UsageError(
+            f"speculate is {speculate!r}" + (" and there is no draft model" if speculate == "draft" else ""),
+            hint=f"use one of {', '.join(SPECULATE)}; draft needs a draft model",
+        )
     folder = find(model)
+    draft_folder = None if draft is None else find(draft)
     report = progress or (lambda text: None)
     where = resolve_device(device)
-    kv_dtype = resolve_cache_dtype(cache, where)
+    kv_type = resolve_cache(cache, where)
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     # Small things first: a broken tokenizer or template is known before gigabytes are read.
@@ -84,8 +97,8 @@ def load(
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
         stored = stored_weights(checkpoint, spec)
-    length = auto_context(spec, dtype=kv_dtype, device=where) if wanted is None else wanted
-    kv = KVStorage(geometry_of(spec, kv_dtype), cache_pages(spec, length, dtype=kv_dtype, device=where), where)
+    length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
+    kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)
     info = RuntimeInfo(
         name="demo" if folder == DEMO_FOLDER else folder.name,
         path=str(folder),
@@ -93,7 +106,7 @@ def load(
         format=stored.format,
         bits_per_weight=stored.bits_per_weight,
         context=length,
-        cache=cache_name(kv_dtype),
+        cache=kv_type.name,
         backend=kernels,
         device=str(where),
         weight_bytes=transformer.nbytes,
@@ -101,7 +114,26 @@ def load(
         load_seconds=time.perf_counter() - started,
         is_demo=folder == DEMO_FOLDER,
     )
-    return Runtime(model=transformer, kv=kv, tokenizer=tokenizer, template=chat_template, info=info)
+    drafting = None
+    if draft_folder is not None:
+        drafting = open_draft(
+            draft_folder,
+            tokenizer=tokenizer,
+            pages=kv.pages,
+            device=where,
+            backend=kernels,
+            dtype=resolve_dtype(dtype),
+            progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
+        )
+    return Runtime(
+        model=transformer,
+        kv=kv,
+        tokenizer=tokenizer,
+        template=chat_template,
+        info=info,
+        draft=drafting,
+        speculate=speculate,
+    )
 
 
 def find(model: str | Path) -> Path:

@@ -65,7 +65,14 @@ class Preparer:
             return self._checked(self.render(messages).ids)
         return self._checked(prompt)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Rendered:
         """Apply the chat template. Raises TemplateError when the model has none, or when it refuses."""
         if self.template is None:
             raise TemplateError(
@@ -75,7 +82,9 @@ class Preparer:
         messages = check_messages(messages)
         if messages[0]["role"] == "system" and not self.template.supports_system:
             messages = ChatTemplate.fold_system(messages)
-        text, ids = self.template.encode(messages, add_generation_prompt=add_generation_prompt)
+        text, ids = self.template.encode(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
+        )
         return Rendered(text=text, ids=tuple(ids))
 
     def _checked(self, ids: Sequence[int]) -> Prepared:

@@ -2,23 +2,24 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from ..cache.storage import KVStorage
 from ..errors import UsageError
 from ..generation.generator import Generator
-from ..generation.request import OVERFLOWS, Request, Result
+from ..generation.request import OVERFLOWS, Request, Result, Speculate
 from ..generation.stream import Event
 from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .prepare import Message, Preparer, Prompt, Rendered, is_batch
+from .steer import Steer, checked
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class RuntimeStats:
     cache_bytes: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    drafted_tokens: int = 0  # guessed ahead
+    accepted_tokens: int = 0  # ... of which so many came true
 
 
 class Runtime:
@@ -81,11 +84,14 @@ class Runtime:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         info: RuntimeInfo,
+        draft: tuple[Transformer, KVStorage] | None = None,
+        speculate: Speculate = "auto",
     ) -> None:
         self.info = info
+        self._speculate = speculate
         self.tokenizer = tokenizer
         self.template = template
-        self._generator: Generator | None = Generator(model, kv, tokenizer, context=info.context)
+        self._generator: Generator | None = Generator(model, kv, tokenizer, context=info.context, draft=draft)
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )
@@ -105,6 +111,7 @@ class Runtime:
         overflow: str = "error",
         deadline: float | None = None,
         logprobs: int = 0,
+        **steer: Unpack[Steer],
     ) -> Any:
         """Run to the end: a Result for one prompt, a list of Results for a list of prompts.
 
@@ -115,6 +122,9 @@ class Runtime:
                     "drop" (oldest turns or tokens leave before the start), "window" (and again whenever it is full)
         deadline    seconds, queueing included; then the reply ends with stop_reason "deadline"
         logprobs    report the log-probability of every token and of the n best alternatives
+        Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
+        banned_strings, prefix, heal, stop_loop, processors (functions of ids and logits), prompt_logprobs,
+        negative_prompt (as `prompt`) with guidance (a number above 1).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """
@@ -127,7 +137,7 @@ class Runtime:
         else:
             chosen = [sampling] * len(prompts)
         requests = [
-            self._request(one, max_tokens, params, stop, overflow, deadline, logprobs)
+            self._request(one, max_tokens, params, stop, overflow, deadline, logprobs, steer)
             for one, params in zip(prompts, chosen, strict=True)
         ]
         results = self._engine().run(requests)
@@ -145,11 +155,17 @@ class Runtime:
         overflow: str = "error",
         deadline: float | None = None,
         logprobs: int = 0,
+        skip_special: bool = True,
+        **steer: Unpack[Steer],
     ) -> Stream:
-        """The events of one request as they happen: Started, Prefilled, Text..., Finished. Parameters as `generate`."""
+        """The events of one request as they happen: Started, Prefilled, Text..., Finished. Parameters as `generate`.
+
+        skip_special  False: special tokens appear in the text as the vocabulary writes them
+        """
         if is_batch(prompt):
             raise UsageError("stream takes one prompt", hint="use generate for a batch, or one stream per thread")
-        request = self._request(prompt, max_tokens, sampling, stop, overflow, deadline, logprobs)
+        request = self._request(prompt, max_tokens, sampling, stop, overflow, deadline, logprobs, steer)
+        request = replace(request, skip_special=skip_special)
         return _CountingStream(self, self._engine(), request)
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Event]:
@@ -178,6 +194,10 @@ class Runtime:
         """
         self._engine().each_logits(self._checked(ids), visit, first=first)
 
+    def remember(self, text: str | Sequence[int]) -> None:
+        """Let guesses ahead come from this text too: a document to be quoted, a saved conversation. Costs no pass."""
+        self._engine().remember(self.tokenizer.encode(text) if isinstance(text, str) else self._checked(text))
+
     # --- conversations ----------------------------------------------------------------------------------------
 
     def chat(self, system: str | None = None) -> "ChatSession":
@@ -186,9 +206,19 @@ class Runtime:
 
         return ChatSession(self, system=system)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> Rendered:
-        """The exact text and ids the model would see. Raises TemplateError."""
-        return self._preparer.render(messages, add_generation_prompt=add_generation_prompt)
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """The exact text and ids the model would see. Raises TemplateError.
+
+        tools  JSON schemas of functions; extra  further template variables, such as enable_thinking
+        """
+        return self._preparer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra)
 
     # --- the rest ---------------------------------------------------------------------------------------------
 
@@ -213,6 +243,8 @@ class Runtime:
             cache_bytes=self.info.cache_bytes,
             prefill_tokens_per_second=prefill,
             decode_tokens_per_second=decode,
+            drafted_tokens=now.drafted_tokens,
+            accepted_tokens=now.accepted_tokens,
         )
 
     def close(self) -> None:
@@ -242,6 +274,7 @@ class Runtime:
         overflow: str,
         deadline: float | None,
         logprobs: int,
+        steer: Mapping[str, Any],
     ) -> Request:
         if overflow not in OVERFLOWS:
             raise UsageError(f"unknown overflow policy {overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
@@ -259,7 +292,17 @@ class Runtime:
             overflow=overflow,
             dropped_turns=prepared.dropped_turns,
             dropped_tokens=prepared.dropped_tokens,
+            **{"speculate": self._speculate, **self._steered(steer)},
         )
+
+    def _steered(self, steer: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of a Request."""
+        fields = checked(steer)
+        if "negative_prompt" in fields:
+            negative = fields["negative_prompt"]
+            prepare = self._preparer.prepare
+            fields["negative_prompt"] = prepare(negative, max_tokens=None, overflow="error").ids if negative else ()
+        return fields
 
     def _count(self, result: Result) -> None:
         self._tokens[0] += result.prompt_tokens - result.reused_tokens

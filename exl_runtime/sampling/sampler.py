@@ -5,6 +5,7 @@ tokens this very Sampler drew; never on the batch around it.
 """
 
 from collections.abc import Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,31 @@ class Sampler:
         if not self.params.logprobs:
             return Draw(token)
         return with_logprobs(token, _row(logits) if raw is None else raw, self.params.logprobs)
+
+    def guess(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> int:
+        """The token `sample` would draw from these logits, without having drawn it: nothing is remembered.
+
+        For guesses ahead from the logits of another model. Raises as `sample`.
+        """
+        before = self.state()
+        try:
+            return self.sample(logits, prompt, generated).id
+        finally:
+            self.restore(before)
+
+    def judge(self, token: int, logits: Tensor) -> Draw:
+        """The Draw of `token` with log-probabilities under `logits`, float32 (vocab,), as far as they are wanted."""
+        return with_logprobs(token, _row(logits), self.params.logprobs) if self.params.logprobs else Draw(token)
+
+    def state(self) -> tuple[dict[str, Any], ...]:
+        """What the draws so far left behind (mirostat, adaptive-p); () where nothing does."""
+        return tuple(dict(vars(step.observer)) for step in self.pipeline if step.observer is not None)
+
+    def restore(self, state: tuple[dict[str, Any], ...]) -> None:
+        """Go back to an earlier `state`: draws after it were taken back."""
+        observers = [step.observer for step in self.pipeline if step.observer is not None]
+        for observer, values in zip(observers, state, strict=True):
+            vars(observer).update(values)
 
     def _draw_fused(self, logits: Tensor, index: int) -> int:
         if self._greedy:

@@ -103,6 +103,21 @@ class ChatTemplate:
         marked = self._checked(messages, add_generation_prompt, tools, extra, texts)
         return protect.unmark(marked), self._tokenizer.encode_rendered(marked)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Name -> Jinja text of every template the model brings; "default" is among them."""
+        return dict(self._sources)
+
+    @cached_property
+    def supports_tools(self) -> bool:
+        """Whether the description of a tool reaches the prompt."""
+        probe = {"name": "zq7tool", "description": "zq7tool", "parameters": {"type": "object", "properties": {}}}
+        try:
+            tools = [{"type": "function", "function": probe}]
+            return "zq7tool" in self._render([{"role": "user", "content": "zq7user"}], True, tools, None, None)
+        except TemplateError:
+            return False
+
     @cached_property
     def supports_system(self) -> bool:
         """Whether a system message is accepted and reaches the prompt."""

@@ -132,6 +132,10 @@ class Tokenizer:
         """The id of a token as the vocabulary writes it, special tokens included."""
         return self._backend.token_to_id(token)
 
+    def as_json(self) -> str:
+        """The whole tokenizer in the format of tokenizer.json, with the tokens that side files added."""
+        return self._backend.to_str()
+
     def text_of(self, token_id: int) -> str:
         """What the token alone contributes to a text, its leading space kept; a broken character is U+FFFD."""
         self._check(token_id)

@@ -7,76 +7,14 @@ from pathlib import Path
 
 import pytest
 from fake_runtime import FakeRuntime, Info
+from talking import Recorder, Typist
 
 from exl_runtime.chat import repl
 from exl_runtime.chat.commands import COMMANDS, Conversation, handle, message
-from exl_runtime.chat.reply import PlainReply
 from exl_runtime.chat.session import ChatSession, ReplySettings
 from exl_runtime.chat.settings import change, get_setting, setting_names, shown
 from exl_runtime.errors import UsageError
 from exl_runtime.sampling.params import SamplingParams
-
-
-class Recorder:
-    """A screen: `lines` holds (kind, text), `replies` what the model said."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[str, str]] = []
-        self.copied: list[str] = []
-        self.text = ""
-
-    def reply(self) -> PlainReply:
-        return PlainReply(self, filtered=False)  # type: ignore[arg-type]
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-    def notice(self, text: str) -> None:
-        self.lines.append(("notice", text))
-
-    def warning(self, text: str) -> None:
-        self.lines.append(("warning", text))
-
-    def error(self, text: str) -> None:
-        self.lines.append(("error", text))
-
-    def show(self, text: str) -> None:
-        self.lines.append(("show", text))
-
-    def verbatim(self, text: str) -> None:
-        self.lines.append(("verbatim", text))
-
-    def table(self, rows: typing.Any, title: str = "") -> None:
-        self.lines.append(("table", title + "\n" + "\n".join("  ".join(row) for row in rows)))
-
-    def copy(self, text: str) -> bool:
-        self.copied.append(text)
-        return True
-
-    def said(self, kind: str) -> str:
-        return "\n".join(text for what, text in self.lines if what == kind)
-
-
-class Typist:
-    """An editor that types what it is given."""
-
-    drafts = True
-
-    def __init__(self, *lines: typing.Any) -> None:
-        self.lines = list(lines)
-        self.offered: list[str] = []
-
-    def read(self, draft: str = "") -> str:
-        self.offered.append(draft)
-        if not self.lines:
-            raise EOFError
-        line = self.lines.pop(0)
-        if isinstance(line, type):
-            raise line
-        return line
 
 
 def talk(*lines: typing.Any, runtime: FakeRuntime | None = None) -> tuple[ChatSession, Recorder, Typist]:
@@ -187,6 +125,7 @@ def test_every_setting_can_be_typed_as_it_is_shown() -> None:
     samples = {
         "stop": '"###" "\\n\\n" a',
         "overflow": "window",
+        "banned_strings": '"as an AI" "\\n\\n"',
         "order": "min_p,temperature",
         "logit_bias": "5=-inf 7=1.5",
         "seed": "12",

@@ -81,7 +81,26 @@ def test_a_foreign_file_is_not_replaced(session: ChatSession, tmp_path: Path) ->
 def damaged() -> dict[str, object]:
     good = {"format": history.FORMAT, "version": 1, "turns": [{"role": "user", "content": "a"}]}
     reply = {"role": "assistant", "content": "b"}
+    first, answer = {"id": 1, "parent": 0, "role": "user", "content": "a"}, reply | {"id": 2, "parent": 1}
+    tree = {"format": history.FORMAT, "version": 2, "messages": [first, answer], "current": 2}
     return {
+        "no messages": tree | {"messages": None},
+        "orphan": tree | {"messages": [first, answer | {"parent": 7}]},
+        "own parent": tree | {"messages": [first, answer | {"parent": 2}]},
+        "same id": tree | {"messages": [first, answer | {"id": 1}]},
+        "id of the start": tree | {"messages": [first | {"id": 0}]},
+        "id type": tree | {"messages": [first | {"id": "1"}]},
+        "two in a row": tree | {"messages": [first, first | {"id": 2, "parent": 1}]},
+        "nowhere": tree | {"current": 3},
+        "current type": tree | {"current": -1},
+        "name of nothing": tree | {"names": {"x": 9}},
+        "tokens": tree | {"messages": [first, answer | {"ids": "1 two"}]},
+        "tokens type": tree | {"messages": [first, answer | {"ids": [1]}]},
+        "key": tree | {"key": 3},
+        "revision": tree | {"revision": -1},
+        "banned": good | {"settings": {"banned_strings": "abc"}},
+        "grammar": good | {"settings": {"grammar": {"kind": "magic", "text": "x"}}},
+        "grammar text": good | {"settings": {"grammar": {"kind": "lark", "text": 3}}},
         "empty": b"",
         "text": b"hello",
         "cut": json.dumps(good).encode()[:-7],
@@ -90,7 +109,7 @@ def damaged() -> dict[str, object]:
         "other": b'{"a": 1}',
         "nan": b'{"format": "exl-runtime chat", "version": NaN, "turns": []}',
         "deep": b"[" * 200_000,
-        "version": good | {"version": 2},
+        "version": good | {"version": 3},
         "version type": good | {"version": True},
         "no turns": {"format": history.FORMAT, "version": 1},
         "turn": good | {"turns": ["a"]},
@@ -112,6 +131,15 @@ def damaged() -> dict[str, object]:
         "meta entry": good | {"turns": [*good["turns"], reply | {"meta": {"hello": 1}}]},
         "meta value": good | {"turns": [*good["turns"], reply | {"meta": {"stop_reason": "eos"}}]},
     }
+
+
+def test_the_documents_that_get_damaged_are_good(tmp_path: Path) -> None:
+    path = tmp_path / "good.json"
+    messages = [{"id": 1, "parent": 0, "role": "user", "content": "a"}]
+    messages += [{"id": number, "parent": 1, "role": "assistant", "content": "b", "ids": "1 2"} for number in (2, 3)]
+    path.write_text(json.dumps({"format": history.FORMAT, "version": 2, "messages": messages, "current": 2}))
+    session = ChatSession.load(path, FakeRuntime())
+    assert len(session.branches) == 2 and len(session.turns) == 2
 
 
 @pytest.mark.parametrize("kind", damaged())
@@ -138,7 +166,7 @@ def test_any_damage_is_either_harmless_or_a_session_error(
     folder = tmp_path_factory.getbasetemp()
     path = folder / "fuzz.json"
     path.unlink(missing_ok=True)
-    history.write(path, history.Transcript(turns=(Turn("user", "häh?"), Turn("assistant", "ja")), system="s"))
+    history.write(path, history.Transcript.of((Turn("user", "häh?"), Turn("assistant", "ja")), system="s"))
     data = bytearray(path.read_bytes())
     place %= len(data)
     if cut:

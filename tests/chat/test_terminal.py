@@ -104,7 +104,7 @@ def completions(text: str) -> list[str]:
 
 
 def test_completion(tmp_path: Path) -> None:
-    assert completions("/re") == ["regen"] and completions("/s") == ["system", "set", "sampler", "stats", "save"]
+    assert completions("/re") == ["regen"] and completions("/sa") == ["sampler", "save"]
     assert "temperature" in completions("/set te") and completions("/set temperature ") == []
     assert completions("/help sam") == ["sampler"]
     (tmp_path / "talk.json").touch()

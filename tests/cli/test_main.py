@@ -223,6 +223,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exl_runtime.runtime, "load", load)
     line = "run m -p q --device cpu --backend reference --context 2k --cache bf16 --threads 3 --template t.jinja"
+    line += " --draft d --speculate draft"
     assert exl(*line.split(" ")) == 0
     del seen["progress"]
     assert seen == {
@@ -233,6 +234,8 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
         "cache": "bf16",
         "threads": 3,
         "template": "t.jinja",
+        "draft": "d",
+        "speculate": "draft",
     }
 
 
@@ -305,15 +308,22 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     import exl_runtime.model.summary
 
     seen = []
-    monkeypatch.setattr(exl_runtime.model.summary, "summarize", lambda *given: seen.append(given) or summary())
+
+    def look(folder: Path, context: int | None, *, cache: str) -> object:
+        seen.append((folder, context, cache))
+        return summary()
+
+    monkeypatch.setattr(exl_runtime.model.summary, "summarize", look)
     assert exl("info", str(tmp_path), "--context", "512") == 0
     out = capsys.readouterr().out
     for word in ("model\\x1b[31m", "Fake", "4.25", "5,770,496", "attention", "4.20", "512 tokens", "fits", "5.0 MiB"):
         assert word in out
     assert "\x1b" not in out
-    assert exl("info", str(tmp_path), "--json") == 0
+    assert exl("info", str(tmp_path), "--json", "--cache", "k6v4") == 0
     assert json.loads(capsys.readouterr().out)["kinds"][0]["matrices"] == 24
-    assert seen[0][1] == 512 and seen[1][1] is None
+    assert seen[0][1:] == (512, "auto") and seen[1][1:] == (None, "k6v4")
+    assert exl("info", str(tmp_path), "--cache", "k6v9") == 2
+    assert "'k6v9' is no cache type: use auto, fp32, fp16, bf16, q8, q6, q4, or kXvY" in capsys.readouterr().err
     assert exl("info", str(tmp_path / "absent")) == 2
 
 
@@ -365,7 +375,7 @@ def test_convert_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands_are_all_wired() -> None:
-    assert set(main.COMMANDS) == {"chat", "run", "info", "doctor"}
+    assert set(main.COMMANDS) == {"chat", "run", "serve", "info", "doctor"}
     for module in (chat, run, info, doctor):
         assert module.HELP and module.USAGE
     assert cli.__doc__

@@ -1,0 +1,65 @@
+"""Opens the draft model: a smaller one, or the same with fewer bits, that knows the same tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..cache.storage import KVStorage
+from ..cache.types import FP16, FP32
+from ..checkpoint.reader import Checkpoint
+from ..config.read import load_config
+from ..config.resolve import resolve
+from ..errors import TokenizerError, UsageError
+from ..model.loader import load_transformer
+from ..model.placement import geometry_of
+from ..model.transformer import Transformer
+from ..tokenizer.tokenizer import Tokenizer
+
+
+def open_draft(
+    folder: Path,
+    *,
+    tokenizer: Tokenizer,
+    pages: int,
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype | None,
+    progress: Callable[[int, int], None],
+) -> tuple[Transformer, KVStorage]:
+    """The model in `folder` and `pages` pages for it. Raises UsageError when it has other tokens, and what loading
+    raises."""
+    files = load_config(folder)
+    spec = resolve(files.config, files.generation)
+    require_same_tokens(tokenizer, Tokenizer.open(folder), folder)
+    with Checkpoint.open(folder) as checkpoint:
+        model = load_transformer(
+            checkpoint,
+            spec,
+            quantization=files.quantization,
+            device=device,
+            backend=backend,
+            dtype=dtype,
+            progress=progress,
+        )
+    cache = FP32 if device.type == "cpu" else FP16
+    return model, KVStorage(geometry_of(spec, cache), pages, device)
+
+
+def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, folder: Path) -> None:
+    """Raise UsageError unless every id means the same token to both."""
+    size = max(tokenizer.vocab_size, other.vocab_size)
+    for token in range(size):
+        ours, theirs = _piece(tokenizer, token), _piece(other, token)
+        if ours != theirs:
+            raise UsageError(
+                f"the draft model {folder.name} has other tokens: id {token} is {theirs!r}, the model's is {ours!r}",
+                hint="take a smaller model of the same family, or the same model with fewer bits per weight",
+            )
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str | None:
+    try:
+        return tokenizer.piece(token)
+    except TokenizerError:  # a gap between the ids
+        return None

@@ -1,0 +1,65 @@
+"""The options of `exl run` about guesses and about what a reply looks like, on the demo model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exl_runtime.cli import main
+
+ASK = ("run", "demo", "--threads", "1", "-t", "0", "-p", "What is the capital of France?")
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def exl(*words: str) -> int:
+    return main.guarded(main.main, list(words))
+
+
+def test_what_a_reply_looks_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    (tmp_path / "letters.lark").write_text('start: "<" /[a-z]{3}/ ">"')
+    for options, holds in (
+        (("--json-schema", str(tmp_path / "schema.json")), lambda text: set(json.loads(text)) == {"n"}),
+        (("--regex", "[0-9]{4}!"), lambda text: len(text) == 5 and text[:4].isdigit() and text[4] == "!"),
+        (("--grammar", str(tmp_path / "letters.lark")), lambda text: len(text) == 5 and text[0] + text[4] == "<>"),
+        (("--choice", "yes", "--choice", "no"), lambda text: text in ("yes", "no")),
+        (("--ban", "Paris", "--ban", "capital"), lambda text: "Paris" not in text and "capital" not in text),
+        (("--prefix", "Well, "), lambda text: text.startswith("Well, ")),
+    ):
+        assert exl(*ASK, *options) == 0
+        assert holds(capsys.readouterr().out.strip()), options
+
+
+def test_guesses_are_told_in_the_last_event(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for options in (("--speculate", "off"), ("--draft", str(demo), "--speculate", "draft"), ()):
+        assert exl(*ASK, "--json", *options) == 0
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert results[0]["ids"] == results[1]["ids"] == results[2]["ids"]
+    assert results[0]["drafted_tokens"] == 0 and results[1]["accepted_tokens"] > 0
+
+
+def test_loops_and_healing(capsys: pytest.CaptureFixture[str]) -> None:
+    raw = ("run", "demo", "--threads", "1", "-t", "0", "--raw", "--json", "-p")
+    assert exl(*raw, "Once upon a ti", "--heal", "-n", "4") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"].startswith("me")
+    assert exl(*raw, "a b a b a b a b a b", "--stop-loop", "8,3", "--ignore-eos", "-n", "400") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stop_reason"] == "loop"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--json-schema", "absent.json"), "cannot read absent.json"),
+        (("--regex", "a", "--choice", "b"), "not allowed with"),
+        (("--stop-loop", "8"), "'8' is not N,TIMES"),
+        (("--stop-loop", "8,1"), "TIMES is at least 2"),
+        (("--speculate", "much"), "invalid choice"),
+        (("--speculate", "draft"), "there is no draft model"),
+        (("--draft", "absent"), "there is no folder absent"),
+    ],
+)
+def test_options_that_make_no_sense(options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exl(*ASK, *options) == 2
+    assert words in capsys.readouterr().err
