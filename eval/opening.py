@@ -45,6 +45,12 @@ def add_loading(
             metavar="TYPE",
             help=f"type of keys and values: {CHOICES} (default: auto)",
         )
+    group.add_argument(
+        "--accuracy",
+        choices=("exact", "fast"),
+        default="exact",
+        help="fast: prompts with 8-bit inputs on the CPU (default: exact)",
+    )
     group.add_argument("--threads", type=threads or positive, metavar="N", help="CPU threads (default: one per core)")
 
 
@@ -71,6 +77,7 @@ def open_model(
         context=context,
         cache=cache or args.cache,
         dtype=dtype,
+        accuracy=args.accuracy if dtype == "auto" else "exact",  # whoever asks for a type is the measure of others
         threads=args.threads,
     )
 

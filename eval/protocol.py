@@ -187,7 +187,8 @@ def conditions(runtime: "Runtime", dtype: str = "auto") -> str:
     info = runtime.info
     activations = ("fp32" if info.device == "cpu" else "fp16") if dtype == "auto" else dtype
     return (
-        f"cache {info.cache}; activations {activations}; {info.backend} kernels on {info.device}; "
+        f"cache {info.cache}; activations {activations}; {info.backend} kernels on {info.device}"
+        f"{'' if info.accuracy == 'exact' else ', ' + info.accuracy}; "
         f"exl-runtime {__version__}"
     )
 

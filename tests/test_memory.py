@@ -24,6 +24,7 @@ def test_a_buffer_has_the_size_asked_for_and_holds_what_is_written(nbytes: int) 
 
 
 def test_a_view_keeps_the_memory_and_its_end_frees_it() -> None:
+    gc.collect()  # what earlier tests left must not go in between
     before = resident()
     view = memory.empty_bytes(64 << 20).fill_(1)[: 32 << 20].view(torch.int32)
     gc.collect()

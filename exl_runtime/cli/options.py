@@ -50,6 +50,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help=f"type of keys and values: {CHOICES} (default: auto)",
     )
+    group.add_argument(
+        "--accuracy",
+        choices=("exact", "fast"),
+        default="exact",
+        help="fast: prompts with 8-bit inputs on the CPU, a little off (default: exact)",
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
         "--draft", metavar="FOLDER", help="a smaller model with the same tokens guesses ahead: faster, the same text"
@@ -217,6 +223,7 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             backend=args.backend,
             context=args.context,
             cache=args.cache,
+            accuracy=args.accuracy,
             threads=args.threads,
             template=args.template,
             draft=args.draft,

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..config.names import Source
 from ..config.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec
-from ..formats.base import LinearShape
+from ..formats.base import LinearShape, QuantFormat
 from ..formats.dense import Dense
+from ..ops.linear.base import LinearKernel
 from ..ops.linear.select import select
 from ..ops.table import OpSet, opset
 from .attention import Attention, HeadNorms
@@ -32,19 +33,21 @@ def load_transformer(
     device: torch.device,
     backend: str,
     dtype: torch.dtype | None = None,
+    hurry: bool = False,
     progress: Progress | None = None,
 ) -> Transformer:
     """Build the model that `spec` describes from the tensors of `checkpoint`.
 
     device/backend  where and by which kernels it runs ("cpu", "cuda", "reference"); already resolved
     dtype           what goes into the matrices; None: float32 on the CPU, float16 elsewhere
+    hurry           take what accuracy the kernels can trade for speed, see `LinearKernel.hurry`
     quantization    the raw `quantization_config` of the folder, or None
     Raises CheckpointError for missing tensors, FormatError for tensors that do not fit, NonFiniteError for NaN or
     infinity in weights, BackendUnavailable when no kernel takes a matrix.
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-    loader = _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype)
+    loader = _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry)
     if backend != "cpu":
         return loader.build(progress)
     # The long work is done by native threads; what is left for torch are thousands of short passes over one matrix,
@@ -64,12 +67,14 @@ class _Loader:
         device: torch.device,
         backend: str,
         dtype: torch.dtype,
+        hurry: bool,
     ) -> None:
         self.weights = weights
         self.spec = weights.spec
         self.device = device
         self.backend = backend
         self.dtype = dtype
+        self.hurry = hurry
         self.ops: OpSet = opset(backend)
 
     def build(self, progress: Progress | None) -> Transformer:
@@ -104,7 +109,14 @@ class _Loader:
         matrix, bias = self.weights.linear(sources, inputs, outputs, biased=biased)
         if bias is not None:
             bias = bias.to(device=self.device, dtype=self.dtype, copy=True)  # a part of a fused bias is a view
-        return Linear(select(matrix, self.device, self.backend), bias)
+        return Linear(self.kernel(matrix), bias)
+
+    def kernel(self, matrix: QuantFormat) -> LinearKernel:
+        """The best kernel for a matrix."""
+        kernel = select(matrix, self.device, self.backend)
+        if self.hurry:
+            kernel.hurry()
+        return kernel
 
     def head(self, embedding: Embedding) -> Linear:
         """The output head; the embedding table when the checkpoint has no head of its own and may share it."""
@@ -115,7 +127,7 @@ class _Loader:
         where = "the embedding table, used as output head"
         table = embedding.table[: spec.vocab_size].to("cpu")
         dense = Dense.load({"weight": table}, LinearShape(spec.hidden_size, spec.vocab_size), where=where)
-        return Linear(select(dense, self.device, self.backend))
+        return Linear(self.kernel(dense))
 
     # --- blocks -----------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class RuntimeInfo:
     cache_bytes: int
     load_seconds: float
     is_demo: bool
+    accuracy: str = "exact"  # or "fast", see `load`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,7 +223,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exl_runtime.runtime, "load", load)
     line = "run m -p q --device cpu --backend reference --context 2k --cache bf16 --threads 3 --template t.jinja"
-    line += " --draft d --speculate draft"
+    line += " --draft d --speculate draft --accuracy fast"
     assert exl(*line.split(" ")) == 0
     del seen["progress"]
     assert seen == {
@@ -232,6 +232,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
         "backend": "reference",
         "context": 2048,
         "cache": "bf16",
+        "accuracy": "fast",
         "threads": 3,
         "template": "t.jinja",
         "draft": "d",

@@ -31,3 +31,20 @@ def test_the_demo_says_the_same_for_500_greedy_tokens() -> None:
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     # The reference rounds the product of code and scale to half, which is several times what the input loses.
     assert float(divergence.mean()) < 1e-6 and float(divergence.max()) < 1e-5
+
+
+def test_fast_prompts_are_a_little_off_and_single_tokens_are_not() -> None:
+    if why := native.available():
+        pytest.skip(why)
+    ids = list(range(30, 230))
+    found = {}
+    for accuracy in ("exact", "fast"):
+        with exl.load(accuracy=accuracy, threads=1, context=512) as runtime:
+            found[accuracy] = (runtime.logits(ids).double().log_softmax(-1), runtime.logits(ids[:8]))
+            assert runtime.info.accuracy == accuracy
+    (exact, few), (fast, few_fast) = found["exact"], found["fast"]
+    divergence = float((exact.exp() * (exact - fast)).sum(-1).mean())
+    assert 1e-6 < divergence < 2e-3
+    assert torch.equal(few, few_fast)
+    with pytest.raises(exl.errors.UsageError, match="sloppy"):
+        exl.load(accuracy="sloppy")

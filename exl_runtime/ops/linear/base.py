@@ -31,6 +31,10 @@ class LinearKernel(ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), dtype of x."""
 
+    def hurry(self) -> None:
+        """Give up some accuracy for speed, for good, where this kernel knows how. Most do not."""
+        return
+
     @property
     @abstractmethod
     def storage_bytes(self) -> int:

@@ -28,6 +28,10 @@ class PackedCpu(LinearKernel):
         """See the base class."""
         return like_input(native.ops().linear_packed(flat_float(x), self.packed, self.residual), x)
 
+    def hurry(self) -> None:
+        """See the base class: prompts without the residual; single tokens keep it, where memory is the limit anyway."""
+        self.residual = int(Residual.FEW)
+
     @property
     def storage_bytes(self) -> int:
         """See the base class."""
