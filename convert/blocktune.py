@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl_runtime.config import MlpSpec
 from exl_runtime.files import read_json, write_json
 
 from .encoded import Encoded
@@ -25,7 +24,7 @@ from .source import Source
 from .states import States
 from .streaming import through
 from .tunable import TunableMatrix, TunableTensor
-from .tune import BETAS, CHECKS, WARM, Rates, batches
+from .tune import BETAS, Rates, activation_floats, batches, check_points, set_pace
 from .workspace import Workspace
 
 STEPS = 60
@@ -49,10 +48,7 @@ def fits(source: Source, memory: int, rows: int, length: int) -> bool:
     needed = 0
     for layer in spec.layers:
         weights = sum(slot.inputs * slot.outputs for slot in source.slots(layer.index))
-        mlp = layer.mlp
-        inner = mlp.intermediate_size * (1 if isinstance(mlp, MlpSpec) else mlp.experts_per_token)
-        per_token = 12 * spec.hidden_size + 8 * spec.heads * spec.head_dim + 6 * inner + 4 * spec.heads * length
-        needed = max(needed, WEIGHT_BYTES * weights + 16 * length * per_token)
+        needed = max(needed, WEIGHT_BYTES * weights + 16 * length * activation_floats(spec, layer, length))
     return needed + 12 * spec.hidden_size**2 <= memory
 
 
@@ -103,12 +99,10 @@ def tune_layer(
     distance = math.sqrt(first / added) if added > 0 else 0.0
     optimizer = torch.optim.Adam(tunables.groups(rates, distance), betas=BETAS, fused=True)
     order = batches(len(rows), torch.Generator().manual_seed(seed))
-    checks = {math.ceil(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    checks = check_points(steps)
     after, kept, best = first, 0, None
     for step in range(1, steps + 1):
-        pace = min(1.0, step / WARM) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * pace
+        set_pace(optimizer, step, steps)
         optimizer.zero_grad()
         if not math.isfinite(
             tunables.backward(

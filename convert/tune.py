@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exl_runtime.config import MlpSpec
+from exl_runtime.config import LayerSpec, MlpSpec, ModelSpec
 
 from .encoded import Encoded
 from .forward import Model, logits
@@ -83,11 +83,7 @@ def fits(source: Source, memory: int, length: int) -> bool:
         return False
     tokens = BATCH * length
     per_token = 8 * spec.vocab_size
-    for layer in spec.layers:
-        mlp = layer.mlp
-        inner = mlp.intermediate_size * (1 if isinstance(mlp, MlpSpec) else mlp.experts_per_token)
-        per_token += 12 * spec.hidden_size + 8 * spec.heads * spec.head_dim + 6 * inner
-        per_token += 4 * spec.heads * length  # attention scores, where no fused kernel spares them
+    per_token += sum(activation_floats(spec, layer, length) for layer in spec.layers)
     table = TABLE_BYTES * source.embedding_rows * spec.hidden_size
     return WEIGHT_BYTES * weights + table + 4 * tokens * per_token + CACHE_BYTES <= memory
 
@@ -129,11 +125,9 @@ def tune(
         reference = _Reference(model, rows.to(device))
         order = batches(rows.shape[0], torch.Generator().manual_seed(seed))
         optimizer = torch.optim.Adam(tunables.groups(math.sqrt(max(before, 0.0))), betas=BETAS, fused=True)
-        checks = {math.ceil(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+        checks = check_points(steps)
         for step in range(1, steps + 1):
-            pace = min(1.0, step / WARM) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * pace
+            set_pace(optimizer, step, steps)
             loss = _step(source, model, tunables, reference, next(order), optimizer)
             if not math.isfinite(loss):
                 break
@@ -211,6 +205,26 @@ def _step(
     optimizer.step()
     tunables.clamp()
     return loss
+
+
+def check_points(steps: int) -> set[int]:
+    """After which of `steps` steps what is tuned is judged: CHECKS times, the last step included."""
+    return {math.ceil(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+
+
+def set_pace(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Rates of step 1 ... steps: up to the "peak" of every group over WARM steps, then down along a cosine."""
+    pace = min(1.0, step / WARM) * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * pace
+
+
+def activation_floats(spec: ModelSpec, layer: LayerSpec, length: int) -> int:
+    """Upper estimate of the activations of one token in one layer, attention scores over `length` tokens included."""
+    mlp = layer.mlp
+    inner = mlp.intermediate_size * (1 if isinstance(mlp, MlpSpec) else mlp.experts_per_token)
+    scores = spec.heads * length  # where no fused kernel spares them
+    return 12 * spec.hidden_size + 8 * spec.heads * spec.head_dim + 6 * inner + 4 * scores
 
 
 def batches(rows: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from exl_runtime.console.progress import Progress
 from exl_runtime.errors import DataError
-from exl_runtime.files import naming, write_pieces
+from exl_runtime.files import cache_home, naming, write_pieces
 from exl_runtime.texts.records import MAX_RECORD, parquet_texts, record_text
 
 from .data import BLANK_LINE, TextData, digest, file_bytes
@@ -95,7 +95,7 @@ def find(corpus: Corpus, folder: Path | None, progress: Progress, *, opener: Ope
 
 def cache_folder() -> Path:
     """The folder for what can be downloaded again, by the XDG base directory specification."""
-    return _cache_home() / "exl-runtime" / "data"
+    return cache_home() / "exl-runtime" / "data"
 
 
 def hub_folder() -> Path:
@@ -103,12 +103,7 @@ def hub_folder() -> Path:
     if given := os.environ.get("HF_HUB_CACHE"):
         return Path(given).expanduser()
     home = os.environ.get("HF_HOME")
-    return (Path(home).expanduser() if home else _cache_home() / "huggingface") / "hub"
-
-
-def _cache_home() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return (Path(home).expanduser() if home else cache_home() / "huggingface") / "hub"
 
 
 def _in_hub(corpus: Corpus) -> list[Path]:

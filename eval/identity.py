@@ -114,21 +114,13 @@ def _weights_identity(path: Path) -> list[object]:
 
 def difference(a: "Tokenizer", b: "Tokenizer") -> str | None:
     """How two tokenizers differ, in a few words."""
+    from exl_runtime.tokenizer.same import first_difference
+
     if a.vocab_size != b.vocab_size:
         return f"their tokenizers have {a.vocab_size} and {b.vocab_size} tokens"
-    for index in range(a.vocab_size):
-        first, second = _piece(a, index), _piece(b, index)
-        if first != second:
-            return f"token {index} is {first!r} in one and {second!r} in the other"
+    if (found := first_difference(a, b)) is not None:
+        index, first, second = found
+        return f"token {index} is {first!r} in one and {second!r} in the other"
     if any(a.encode(text, add_bos=None) != b.encode(text, add_bos=None) for text in _PROBES):
         return "their tokenizers cut the same text into different tokens"
     return None
-
-
-def _piece(tokenizer: "Tokenizer", index: int) -> str | None:
-    from exl_runtime.errors import TokenizerError
-
-    try:
-        return tokenizer.piece(index)
-    except TokenizerError:
-        return None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from exl_runtime.console.progress import Progress, Steps
 from exl_runtime.errors import EvalError, StorageError
+from exl_runtime.files import cache_home, read_json, require_space, write_json
 
 from .identity import Source, Survey, difference, key_of
 from .protocol import Window
@@ -54,8 +55,7 @@ def cache_folder(args: argparse.Namespace) -> Path:
     """Where the options of `add_reference` in `args` keep references; by the XDG base directory specification."""
     if args.reference_cache is not None:
         return Path(os.path.expanduser(args.reference_cache))
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "exl-runtime" / "reference"
+    return cache_home() / "exl-runtime" / "reference"
 
 
 class Reference:
@@ -91,15 +91,11 @@ class Reference:
 
     def remember(self, name: str, facts: Mapping[str, object]) -> None:
         """Keep a small result that belongs to this reference, for `recall`. Raises StorageError."""
-        from exl_runtime.files import write_json
-
         if self.path is not None:
             write_json(self._beside(name), {"key": self.path.stem, **facts})
 
     def recall(self, name: str) -> dict[str, Any] | None:
         """What `remember` kept; None: nothing. Raises StorageError when damaged, or of another reference."""
-        from exl_runtime.files import read_json
-
         if self.path is None or not self._beside(name).exists():
             return None
         facts = read_json(self._beside(name))
@@ -213,8 +209,6 @@ def _usable(path: Path, layout: "Layout", progress: Progress) -> bool:
 
 
 def _require_space(path: Path, layout: "Layout") -> None:
-    from exl_runtime.files import require_space
-
     try:
         require_space(path.parent, layout.nbytes, "the reference")
     except StorageError as err:

@@ -29,6 +29,12 @@ _REFUSALS: dict[int, tuple[str, str]] = {
 }
 
 
+def cache_home() -> Path:
+    """The user's folder for what can be made or fetched again, by the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+
+
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """The pieces one after another as the new content of `path`; each is dropped before the next is asked for.
 

@@ -64,7 +64,7 @@ class Settings:
 class Built:
     """A library that is ready to be loaded."""
 
-    library: Path
+    file: Path
     key: str
     fresh: bool  # built by this call
     seconds: float  # what the build took, whenever that was
@@ -94,12 +94,12 @@ def _build(settings: Settings, progress: Progress | None, again: bool, deadline:
     cache = settings.open_cache()
     final = cache / plan.key
     if not again and (known := caches.verified(final)) is not None:
-        return Built(library=final / known.library, key=plan.key, fresh=False, seconds=known.seconds)
+        return Built(file=final / known.file, key=plan.key, fresh=False, seconds=known.seconds)
     ninja = find_ninja()
     report = StandardError() if progress is None else progress
     with file_lock(cache / caches.LOCK, timeout=deadline - time.monotonic(), report=report):
         if not again and (known := caches.verified(final)) is not None:  # built while we waited
-            return Built(library=final / known.library, key=plan.key, fresh=False, seconds=known.seconds)
+            return Built(file=final / known.file, key=plan.key, fresh=False, seconds=known.seconds)
         caches.sweep(cache, keep=plan.key)  # we hold the lock: whoever made a partial folder is dead
         started = time.monotonic()
         partial = cache / f"{caches.PARTIAL}{plan.key}-{os.getpid()}"
@@ -128,7 +128,7 @@ def _build(settings: Settings, progress: Progress | None, again: bool, deadline:
         report(f"native kernels are ready ({seconds:.0f} s)" if unchanged else "a source changed meanwhile: once more")
     if not unchanged:  # the result is not what its key says
         return _build(settings, progress, again, deadline)
-    return Built(library=final / LIBRARY, key=plan.key, fresh=True, seconds=seconds)
+    return Built(file=final / LIBRARY, key=plan.key, fresh=True, seconds=seconds)
 
 
 def load(settings: Settings | None = None, progress: Progress | None = None) -> Built:
@@ -141,15 +141,15 @@ def load(settings: Settings | None = None, progress: Progress | None = None) -> 
     chosen = Settings.from_environment() if settings is None else settings
     built = build(chosen, progress)
     try:
-        torch.ops.load_library(built.library)
+        torch.ops.load_library(built.file)
     except OSError as first:
         if built.fresh:
-            raise BuildError(f"{built.library} was built but does not load: {first}") from first
+            raise BuildError(f"{built.file} was built but does not load: {first}") from first
         built = build(chosen, progress, again=True)
         try:
-            torch.ops.load_library(built.library)
+            torch.ops.load_library(built.file)
         except OSError as second:
-            raise BuildError(f"{built.library} was built again but does not load: {second}") from second
+            raise BuildError(f"{built.file} was built again but does not load: {second}") from second
     return built
 
 

@@ -34,7 +34,7 @@ _warned: set[str] = set()
 class Manifest:
     """What a finished build says about itself; the library is trusted only while it agrees."""
 
-    library: str
+    file: str
     size: int
     sha256: str
     seconds: float
@@ -95,7 +95,7 @@ def write_manifest(folder: Path, library: str, *, seconds: float, compiler: str,
     """Measure the library in `folder` and record it beside."""
     file = folder / library
     manifest = Manifest(
-        library=library,
+        file=library,
         size=file.stat().st_size,
         sha256=digest_of(file),
         seconds=round(seconds, 2),
@@ -111,7 +111,7 @@ def verified(folder: Path) -> Manifest | None:
     """The manifest of a finished build whose library is whole; None if it is absent, cut short or altered."""
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        file = folder / manifest.library
+        file = folder / manifest.file
         if file.stat().st_size != manifest.size or digest_of(file) != manifest.sha256:
             return None
     except (OSError, ValueError, TypeError):

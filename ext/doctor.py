@@ -106,7 +106,7 @@ def _library(settings: Settings, cache: Path) -> Check:
     manifest = caches.verified(cache / plan.key)
     if manifest is not None:
         size = f"{manifest.size / 1e6:.1f} MB"
-        return Check(name, True, f"built in {manifest.seconds:.0f} s, {size}, {cache / plan.key / manifest.library}")
+        return Check(name, True, f"built in {manifest.seconds:.0f} s, {size}, {cache / plan.key / manifest.file}")
     log = cache / "logs" / f"{plan.key}.log"
     if (cache / plan.key).exists():
         return Check(name, None, "the built library is damaged; the next start builds it again")

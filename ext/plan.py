@@ -74,7 +74,7 @@ def make_plan(root: Path, compiler: Compiler, torch: TorchFiles) -> Plan:
 def ninja_file(plan: Plan) -> str:
     """The text of build.ninja, to be run in a folder with `binding_unit` as BINDINGS; it leaves LIBRARY there."""
     flags = [*COMMON_FLAGS, f"-DEXL_X86_ISA={int(is_x86_64())}"]
-    libraries = f"-L{_quote(plan.torch.library)} {' '.join(TORCH_LIBRARIES)}"
+    libraries = f"-L{_quote(plan.torch.lib)} {' '.join(TORCH_LIBRARIES)}"
     lines = [
         "ninja_required_version = 1.8",
         f"cxx = {_quote(plan.compiler.path)}",

@@ -33,7 +33,7 @@ class TorchFiles:
 
     version: str
     include: Path
-    library: Path
+    lib: Path
 
 
 def machine() -> str:
@@ -129,7 +129,7 @@ def find_torch() -> TorchFiles:
     for line in (root / "version.py").read_text(encoding="utf-8").splitlines():
         if line.startswith("__version__ = "):
             version = line.split("=", 1)[1].strip().strip("'\"")
-    return TorchFiles(version=version, include=include, library=root / "lib")
+    return TorchFiles(version=version, include=include, lib=root / "lib")
 
 
 def free_memory() -> int | None:

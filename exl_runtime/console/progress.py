@@ -13,7 +13,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
+
+from .terminal import escaped, is_tty
 
 PLAIN_SECONDS = 10.0  # between two lines about one stage where no bar can be drawn
 JSON_SECONDS = 0.5  # between two "progress" events
@@ -255,7 +257,7 @@ def choose_reporter(program: str = "exl", *, quiet: bool = False, json_lines: bo
         return JsonReporter(program=program)
     if quiet:
         return QuietReporter(program=program)
-    if sys.stderr is not None and _is_terminal(sys.stderr) and os.environ.get("TERM", "") not in ("", "dumb"):
+    if is_tty(sys.stderr) and os.environ.get("TERM", "") not in ("", "dumb"):
         from .bars import BarReporter
 
         return BarReporter(program=program)
@@ -264,7 +266,7 @@ def choose_reporter(program: str = "exl", *, quiet: bool = False, json_lines: bo
 
 def printable(text: str, limit: int = 400) -> str:
     """One line: what is not printable becomes a visible escape such as \\x1b; long text is cut to `limit`."""
-    shown = "".join(char if char.isprintable() else _escaped(char) for char in text[: limit + 1])
+    shown = "".join(char if char.isprintable() else escaped(char) for char in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
@@ -285,18 +287,6 @@ def write_error(program: str, text: str) -> None:
     with suppress(OSError, ValueError, AttributeError):  # ValueError: closed; AttributeError: None, never opened
         sys.stderr.write(f"{program}: {text}\n")
         sys.stderr.flush()
-
-
-def _escaped(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty()
-    except ValueError:  # closed
-        return False
 
 
 def _finite(value: Any) -> Any:

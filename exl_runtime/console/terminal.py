@@ -50,7 +50,12 @@ def user_text(text: str) -> str:
 
 
 def _escape(match: re.Match[str]) -> str:
-    code = ord(match.group())
+    return escaped(match.group())
+
+
+def escaped(char: str) -> str:
+    """A visible escape for one character, such as \\x1b."""
+    code = ord(char)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
@@ -70,7 +75,7 @@ class Terminal:
     @classmethod
     def detect(cls, *, plain: bool = False, no_color: bool = False) -> "Terminal":
         """Look at the standard streams, TERM and NO_COLOR (https://no-color.org: any non-empty value)."""
-        stdin, stdout = _is_tty(sys.stdin), _is_tty(sys.stdout)
+        stdin, stdout = is_tty(sys.stdin), is_tty(sys.stdout)
         dumb = os.environ.get("TERM", "") in ("", "dumb")
         colourless = no_color or bool(os.environ.get("NO_COLOR"))
         return cls(
@@ -80,7 +85,8 @@ class Terminal:
         )
 
 
-def _is_tty(stream: TextIO | None) -> bool:
+def is_tty(stream: TextIO | None) -> bool:
+    """Whether a stream of this process is a terminal; a closed or missing one is not."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed

@@ -10,10 +10,11 @@ from ..cache.types import FP16, FP32
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
 from ..config.resolve import resolve
-from ..errors import TokenizerError, UsageError
+from ..errors import UsageError
 from ..model.loader import load_transformer
 from ..model.placement import geometry_of
 from ..model.transformer import Transformer
+from ..tokenizer.same import first_difference
 from ..tokenizer.tokenizer import Tokenizer
 
 
@@ -48,18 +49,9 @@ def open_draft(
 
 def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, folder: Path) -> None:
     """Raise UsageError unless every id means the same token to both."""
-    size = max(tokenizer.vocab_size, other.vocab_size)
-    for token in range(size):
-        ours, theirs = _piece(tokenizer, token), _piece(other, token)
-        if ours != theirs:
-            raise UsageError(
-                f"the draft model {folder.name} has other tokens: id {token} is {theirs!r}, the model's is {ours!r}",
-                hint="take a smaller model of the same family, or the same model with fewer bits per weight",
-            )
-
-
-def _piece(tokenizer: Tokenizer, token: int) -> str | None:
-    try:
-        return tokenizer.piece(token)
-    except TokenizerError:  # a gap between the ids
-        return None
+    if (found := first_difference(tokenizer, other)) is not None:
+        token, ours, theirs = found
+        raise UsageError(
+            f"the draft model {folder.name} has other tokens: id {token} is {theirs!r}, the model's is {ours!r}",
+            hint="take a smaller model of the same family, or the same model with fewer bits per weight",
+        )

@@ -229,3 +229,13 @@ def test_command_refuses(dense: Path) -> None:
         speed.run(arguments("demo", *twice), QuietReporter())
     with pytest.raises(SystemExit):
         arguments("demo", "--threads", "1,0")
+
+
+def test_a_text_seen_before_is_not_guessed() -> None:
+    load = Workload(prompt=40, generate=24, runs=1)
+    with exl.load("demo", threads=1, context=256) as runtime:
+        ours = Ours(runtime)
+        prompts = prompts_of(load, 0, list(range(300, 400)))
+        for _ in range(2):
+            ours.decode(prompts.deep, load.generate, known=False)
+        assert runtime.stats.generated_tokens > 2 * load.generate and runtime.stats.drafted_tokens == 0

@@ -64,12 +64,12 @@ def test_build_load_and_reuse(loadable: tuple[Settings, str]) -> None:
     settings, namespace = loadable
     seen: list[str] = []
     built = load(settings, seen.append)
-    assert built.fresh and built.library.is_file()
+    assert built.fresh and built.file.is_file()
     assert getattr(torch.ops, namespace).number() == 42
     assert seen[-1].startswith("native kernels are ready")
-    assert sorted(p.name for p in built.library.parent.iterdir()) == ["exl.so", "manifest.json"]
+    assert sorted(p.name for p in built.file.parent.iterdir()) == ["exl.so", "manifest.json"]
     again = build(settings, quiet)
-    assert (again.library, again.fresh) == (built.library, False)
+    assert (again.file, again.fresh) == (built.file, False)
 
 
 def test_a_warm_start_runs_no_process_and_takes_no_lock(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_ctrl_c_ends_the_compilers_and_cleans_up(tiny: Settings) -> None:
 
 def test_two_processes_at_once_build_once(tiny: Settings) -> None:
     tiny = slow_down(tiny, 0.7)
-    code = "b = build(settings); print(b.fresh, b.library.stat().st_size)"
+    code = "b = build(settings); print(b.fresh, b.file.stat().st_size)"
     both = [python(code, tiny) for _ in range(2)]
     outputs = [p.communicate(timeout=60) for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
@@ -168,7 +168,7 @@ def test_two_processes_at_once_build_once(tiny: Settings) -> None:
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
 def test_a_damaged_library_is_built_again(tiny: Settings, damage: str) -> None:
-    library = build(tiny, quiet).library
+    library = build(tiny, quiet).file
     content = bytearray(library.read_bytes())
     if damage == "remove":
         library.unlink()
@@ -176,14 +176,14 @@ def test_a_damaged_library_is_built_again(tiny: Settings, damage: str) -> None:
         content[len(content) // 2] ^= 1
         library.write_bytes({"truncate": content[:-100], "flip": content, "empty": b""}[damage])
     again = build(tiny, quiet)
-    assert again.fresh and again.library == library and caches.verified(library.parent) is not None
+    assert again.fresh and again.file == library and caches.verified(library.parent) is not None
 
 
 def test_a_library_that_verifies_but_does_not_load_is_built_again_once(
     loadable: tuple[Settings, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, namespace = loadable
-    folder = build(settings, quiet).library.parent
+    folder = build(settings, quiet).file.parent
     (folder / "exl.so").write_bytes(b"not a library")
     caches.write_manifest(folder, "exl.so", seconds=1, compiler="", torch="")
     assert load(settings, quiet).fresh
@@ -191,7 +191,7 @@ def test_a_library_that_verifies_but_does_not_load_is_built_again_once(
 
     def broken(*_: object, again: bool = False) -> Built:
         (folder / "other.so").write_bytes(b"still not a library")
-        return Built(library=folder / "other.so", key="", fresh=again, seconds=0)
+        return Built(file=folder / "other.so", key="", fresh=again, seconds=0)
 
     monkeypatch.setattr("ext.build.build", broken)
     with pytest.raises(BuildError, match="built again but does not load"):
@@ -261,7 +261,7 @@ def test_an_unwritable_cache_falls_back_to_a_private_folder_with_one_warning(
     settings = dataclasses.replace(tiny, cache=blocked / "cache")
     built = build(settings, quiet)
     build(settings, quiet)
-    private = built.library.parents[1]
+    private = built.file.parents[1]
     assert private.parent == tmp_path / "t" and private.stat().st_mode & 0o077 == 0
     assert sum("cannot write to the build cache" in record.message for record in caplog.records) == 1
 
@@ -291,7 +291,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_clean_removes_builds_and_only_them(tiny: Settings) -> None:
-    library = build(tiny, quiet).library
+    library = build(tiny, quiet).file
     (tiny.cache / f"{caches.PARTIAL}dead-1").mkdir()
     size = library.stat().st_size
     assert clean(tiny) >= size
@@ -300,7 +300,7 @@ def test_clean_removes_builds_and_only_them(tiny: Settings) -> None:
 
 
 def test_old_builds_are_dropped_and_the_newest_kept(tiny: Settings) -> None:
-    kept = build(tiny, quiet).library.parent
+    kept = build(tiny, quiet).file.parent
     for age in range(caches.KEEP_BUILDS + 3):
         other = tiny.cache / f"{age:020d}"
         other.mkdir()

@@ -37,7 +37,7 @@ def test_facts_of_this_machine(tiny: Settings) -> None:
 
 
 def test_the_library_is_followed_through_its_life(tiny: Settings) -> None:
-    library = build(tiny, lambda _: None).library
+    library = build(tiny, lambda _: None).file
     assert facts(tiny)["native kernels"].ok and str(library) in facts(tiny)["native kernels"].detail
     library.write_bytes(b"")
     assert "damaged" in facts(tiny)["native kernels"].detail
