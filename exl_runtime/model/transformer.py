@@ -10,11 +10,13 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec, RopeSpec
 from ..errors import NonFiniteError
 from ..ops.rope import cos_sin, frequencies
+from ..ops.step import all_finite
 from ..ops.table import OpSet
 from .batch import ForwardBatch
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
+from .step import NativeStep, native_step
 
 KEPT_FREQUENCIES = 64
 
@@ -45,6 +47,8 @@ class Transformer:
         self.dtype = dtype
         self.backend = backend
         self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers))  # distinct ropes, in order
+        self._step: NativeStep | None = None
+        self._step_is_known = False
         self._frequencies: dict[tuple[RopeSpec, int], Tensor] = {}
 
     @property
@@ -60,11 +64,32 @@ class Transformer:
         Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
         is not finite.
         """
-        logits = self._run(batch, kv, check=False)
-        # One reduction instead of a mask: a sum is finite only if every term is (no overflow at logit sizes).
-        if not torch.isfinite(logits.sum(dtype=torch.float64)):
+        step = self.step
+        logits = self._run(batch, kv, check=False) if step is None else self._run_native(step, batch, kv)
+        if not all_finite(logits):
             self._run(batch, kv, check=True)
             raise NonFiniteError("the logits contain NaN or infinity", hint="the output head or its scales are damaged")
+        return logits
+
+    @property
+    def step(self) -> NativeStep | None:
+        """The native pass of this model, built when first asked for; None where a part is not for it."""
+        if not self._step_is_known:
+            parts = (self.spec, self.embedding, self.blocks, self.final_norm, self.head)
+            self._step = native_step(*parts, dtype=self.dtype, backend=self.backend)
+            self._step_is_known = True
+        return self._step
+
+    def forget_step(self) -> None:
+        """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
+        self._step, self._step_is_known = None, False
+
+    def _run_native(self, step: NativeStep, batch: ForwardBatch, kv: KVStorage) -> Tensor:
+        return self._capped(step.run(batch, kv, [self._cos_sin(rope, batch) for rope in step.ropes]))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        if (cap := self.spec.logit_softcap) is not None:
+            logits.div_(cap).tanh_().mul_(cap)
         return logits
 
     def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
@@ -83,9 +108,7 @@ class Transformer:
         logits = self.head(x.to(self.dtype)).float()
         if spec.logit_scale != 1.0:
             logits.mul_(spec.logit_scale)
-        if spec.logit_softcap is not None:
-            logits.div_(spec.logit_softcap).tanh_().mul_(spec.logit_softcap)
-        return logits
+        return self._capped(logits)
 
     def _cos_sin(self, rope: RopeSpec, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         lengths = [rope.effective_length(planned) for planned in batch.rope_lengths]

@@ -24,7 +24,8 @@ namespace {
 using detail::RangeFn;
 
 constexpr int kMaxThreads = 256;
-constexpr auto kSpin = std::chrono::microseconds(60);  // longer than the gap between two ops of a decode step
+constexpr auto kSpin = std::chrono::microseconds(60);  // longer than the gap between two regions of an operator
+constexpr int kHeldSpins = 16;  // of kSpin: how long a caller that holds its team awake waits for it without sleeping
 
 thread_local bool inside_region = false;
 
@@ -89,7 +90,7 @@ class Team {
       pthread_sigmask(SIG_SETMASK, &all, &before);
       bool started = true;
       try {
-        std::thread([this] { work(); }).detach();
+        std::thread([this, index = workers_ + 1] { work(index); }).detach();
       } catch (const std::system_error&) {
         started = false;
       }
@@ -99,6 +100,15 @@ class Team {
     }
     return parts < workers_ + 1 ? parts : workers_ + 1;
   }
+
+  void hold() {
+    held_.fetch_add(1);
+    if (asleep_.load() > 0) {
+      std::lock_guard<std::mutex> guard(mutex_);
+      wake_.notify_all();
+    }
+  }
+  void let_go() { held_.fetch_sub(1); }
 
   void run(RangeFn body, void* context, int64_t tasks, int64_t chunk, int parts) {
     job_.body = body;
@@ -120,7 +130,13 @@ class Team {
       pending_.fetch_sub(1);
     }
     const auto done = [this] { return pending_.load(std::memory_order_acquire) == 0; };
-    if (!spin_until(done)) {
+    bool ended = spin_until(done);
+    // A worker that lost its CPU in the middle of a part may be away for long; until then this is its caller's affair.
+    for (int i = 0; i < kHeldSpins && !ended && held_.load(std::memory_order_relaxed) > 0; ++i) {
+      sched_yield();
+      ended = spin_until(done);
+    }
+    if (!ended) {
       std::unique_lock<std::mutex> hold(mutex_);
       caller_asleep_.store(true);
       finished_.wait(hold, [this] { return pending_.load() == 0; });
@@ -140,17 +156,23 @@ class Team {
     return 0;
   }
 
-  void work() {
+  void work(int index) {
     inside_region = true;  // a body that opens a region runs it inline
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "exl-worker");
 #endif
     const auto work_waits = [this] { return open(claim_.load()); };
+    // Those that a smaller team does without sleep on.
+    const auto held = [this, index] { return held_.load() > 0 && index < threads(); };
     for (;;) {
       if (!spin_until(work_waits)) {
+        if (held()) {
+          sched_yield();  // to whoever else wants this CPU
+          continue;
+        }
         std::unique_lock<std::mutex> hold(mutex_);
         asleep_.fetch_add(1);
-        wake_.wait(hold, work_waits);
+        wake_.wait(hold, [&] { return work_waits() || held(); });
         asleep_.fetch_sub(1);
       }
       for (int part; (part = take()) != 0;) {
@@ -169,6 +191,7 @@ class Team {
   alignas(64) std::atomic<uint64_t> claim_{0};
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> asleep_{0};
+  std::atomic<int> held_{0};
   std::atomic<bool> caller_asleep_{false};
   std::mutex mutex_;
   std::condition_variable wake_, finished_;
@@ -266,6 +289,17 @@ int threads() {
 
 void set_threads(int count) {
   wanted.store(count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count, std::memory_order_relaxed);
+}
+
+Awake::Awake() : team_(nullptr) {
+  if (threads() <= 1 || inside_region) return;
+  Team& workers = team();
+  workers.hold();
+  team_ = &workers;
+}
+
+Awake::~Awake() {
+  if (team_ != nullptr) static_cast<Team*>(team_)->let_go();
 }
 
 double region_cost_ns(int64_t repeats) {

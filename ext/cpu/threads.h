@@ -15,7 +15,8 @@
 //     Python threads). A child process starts a team of its own after fork().
 //   - The caller takes part, and takes over the ranges that no worker has begun when its own is done: a thread may run
 //     more than one. All memory effects of the bodies are visible to it when the call returns.
-//   - Workers spin for a moment after a region before they sleep: back-to-back regions start in a few microseconds.
+//   - Workers spin for a moment after a region before they sleep: back-to-back regions start in a few microseconds. While
+//     an `Awake` lives they do not sleep at all, whatever the caller does between its regions.
 //
 // Scratch memory of a body: on its stack, `thread_local`, or sliced from a buffer of the caller by task index.
 // Test: tests/ext/test_threads.py
@@ -30,6 +31,19 @@ int threads();
 
 // 1 <= count <= 256; other values are clamped. Takes effect with the next region.
 void set_threads(int count);
+
+// For a chain of regions: while one lives, the workers wait for the next region awake, and the caller for the end of one.
+// Cheap to make; may be nested; without effect on a team of one.
+class Awake {
+ public:
+  Awake();
+  ~Awake();
+  Awake(const Awake&) = delete;
+  Awake& operator=(const Awake&) = delete;
+
+ private:
+  void* team_;  // a child after fork() has another
+};
 
 // Mean cost of an empty region of all threads, in nanoseconds.
 double region_cost_ns(int64_t repeats);

@@ -71,6 +71,20 @@ int main() {
   }
   for (int value : plain) EXPECT(value == 2000);
 
+  // Held awake, over pauses in which the workers would have slept; nested, and with a team that shrinks and grows.
+  for (int round = 0; round < 40; ++round) {
+    set_threads(1 + round % 4);
+    const Awake outer;
+    const Awake inner;
+    for (int i = 0; i < 20; ++i) {
+      if (i % 10 == 0) usleep(300);
+      EXPECT(triangle(500 + i) == int64_t(500 + i) * (499 + i) / 2);
+    }
+  }
+  usleep(2000);  // asleep again
+  set_threads(3);
+  EXPECT(triangle(100) == 4950);
+
   // The cut depends on the numbers alone, and a grain bounds the parts.
   std::atomic<int> parts{0};
   parallel_for(10, [&](int64_t, int64_t) { ++parts; }, 6);
