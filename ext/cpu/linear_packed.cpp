@@ -39,10 +39,32 @@ QuantizedRows layout(const Packed& w, bool residual) {
   return {nullptr, lines(units + w.header->spans * int64_t(sizeof(InputSpan))), units, residual};
 }
 
+// One row of tiles [begin, end): whole tiles are summed where they belong.
+void multiply_row(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, float* y) {
+  const Packed& w = task.product.w;
+  const int64_t whole = w.header->outputs / kTileColumns;
+  for (int64_t panel = 0; panel < w.header->panels; ++panel) {
+    float* to = y + begin * kTileColumns;
+    for (int64_t t = begin; t < end; ++t, to += kTileColumns) {
+      if (t < whole) {
+        if (panel == 0) std::memset(to, 0, kTileColumns * sizeof(float));
+        kernels.multiply(w, panel, t, task.input, 0, 1, to);
+        continue;
+      }
+      alignas(64) float sums[kTileColumns] = {};
+      const size_t live = size_t(w.header->outputs - t * kTileColumns) * sizeof(float);
+      if (panel > 0) std::memcpy(sums, to, live);
+      kernels.multiply(w, panel, t, task.input, 0, 1, sums);
+      std::memcpy(to, sums, live);
+    }
+  }
+}
+
 // Rows [0, rows) of tiles [begin, end) of one product.
 void multiply_tiles(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, int64_t rows, float* y) {
   const Packed& w = task.product.w;
   const int64_t outputs = w.header->outputs;
+  if (rows == 1) return multiply_row(kernels, task, begin, end, y);
   const int most = task.input.residual ? kernels.residual_rows : kernels.plain_rows;
   alignas(64) float sums[16 * kTileColumns];
   for (int64_t panel = 0; panel < w.header->panels; ++panel) {
@@ -128,7 +150,8 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     if (here > 16) {
       parallel_chunks(tiles, chunk, multiply);
     } else {
-      parallel_for(tiles, multiply, kGrainBytes / tile_bytes + 1);
+      const int64_t fair = tiles / (8 * int64_t(threads())) + 1, least = kGrainBytes / tile_bytes + 1;
+      parallel_steal(tiles, fair > least ? fair : least, multiply);
     }
   }
 }

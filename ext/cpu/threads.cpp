@@ -318,6 +318,43 @@ void run_static(int64_t tasks, int64_t grain, RangeFn body, void* context) {
   run(tasks, 0, grain > 1 ? (tasks + grain - 1) / grain : tasks, body, context);
 }
 
+void run_steal(int64_t tasks, int64_t chunk, RangeFn body, void* context) {
+  if (chunk < 1) chunk = 1;
+  const int64_t pieces = (tasks + chunk - 1) / chunk;
+  const int parts = int(pieces < threads() ? pieces : threads());
+  if (parts <= 1 || inside_region || pieces > int64_t(UINT32_MAX)) return run(tasks, 0, 1, body, context);
+  // What is left of every thread's range, in pieces: the first above the end, in one word.
+  struct alignas(64) Rest {
+    std::atomic<uint64_t> range;
+  };
+  Rest rest[kMaxThreads];
+  for (int64_t p = 0; p < parts; ++p) {
+    const uint64_t begin = uint64_t(pieces * p / parts), end = uint64_t(pieces * (p + 1) / parts);
+    rest[p].range.store(begin << 32 | end, std::memory_order_relaxed);
+  }
+  const auto each = [&](int64_t own, int64_t) {
+    const auto take = [&](int64_t from, bool front) {
+      uint64_t range = rest[from].range.load(std::memory_order_relaxed);
+      for (;;) {
+        const uint64_t begin = range >> 32, end = range & UINT32_MAX;
+        if (begin >= end) return false;
+        const uint64_t left = front ? (begin + 1) << 32 | end : begin << 32 | (end - 1);
+        if (!rest[from].range.compare_exchange_weak(range, left, std::memory_order_relaxed)) continue;
+        const int64_t first = int64_t(front ? begin : end - 1) * chunk;
+        body(context, first, first + chunk < tasks ? first + chunk : tasks);
+        return true;
+      }
+    };
+    while (take(own, true)) {
+    }
+    for (int64_t other = own + 1; other < own + parts; ++other) {
+      while (take(other % parts, false)) {
+      }
+    }
+  };
+  run(parts, 0, parts, &call_range<decltype(each)>, const_cast<void*>(static_cast<const void*>(&each)));
+}
+
 void run_chunks(int64_t tasks, int64_t chunk, RangeFn body, void* context) {
   if (chunk < 1) chunk = 1;
   run(tasks, chunk, (tasks + chunk - 1) / chunk, body, context);

@@ -4,6 +4,9 @@
 //   parallel_for(tasks, body)            calls body(begin, end) on disjoint ranges that cover [0, tasks): as many
 //                                        as there are threads, cut by (tasks, threads) alone
 //   parallel_for(tasks, body, grain)     never gives a thread fewer than `grain` tasks; small work stays on the caller
+//   parallel_steal(tasks, chunk, body)   as parallel_for, but a thread takes its range `chunk` tasks at a time from the
+//                                        front, and one that is through goes on at the backs of the others': memory is
+//                                        read in long runs, and a thread that lost its CPU holds up one chunk
 //   parallel_chunks(tasks, chunk, body)  ranges of `chunk` tasks are handed out as threads become free: for unequal
 //                                        work or unequal cores
 //
@@ -54,6 +57,7 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 
 void run_static(int64_t tasks, int64_t grain, RangeFn body, void* context);
 void run_chunks(int64_t tasks, int64_t chunk, RangeFn body, void* context);
+void run_steal(int64_t tasks, int64_t chunk, RangeFn body, void* context);
 
 }  // namespace detail
 
@@ -72,6 +76,11 @@ inline void parallel_for(int64_t tasks, const Body& body, int64_t grain = 1) {
 template <class Body>
 inline void parallel_chunks(int64_t tasks, int64_t chunk, const Body& body) {
   detail::run_chunks(tasks, chunk, &call_range<Body>, const_cast<Body*>(&body));
+}
+
+template <class Body>
+inline void parallel_steal(int64_t tasks, int64_t chunk, const Body& body) {
+  detail::run_steal(tasks, chunk, &call_range<Body>, const_cast<Body*>(&body));
 }
 
 }  // namespace
