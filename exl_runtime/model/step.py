@@ -24,16 +24,14 @@ WHOLE = 64  # tokens of a pass that runs in one call; a longer one comes back to
 class NativeStep:
     """Built by `native_step`. Not thread-safe, as the Transformer around it."""
 
-    def __init__(self, program: native.Program, ropes: Sequence[RopeSpec]) -> None:
+    def __init__(self, program: native.Program) -> None:
         self.program = program
-        self.ropes = tuple(ropes)  # whose angles `run` wants, in this order
 
-    def run(self, batch: ForwardBatch, kv: KVStorage, angles: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Float32 logits (L, vocab), before any softcap; keys and values go into `kv`."""
+    def run(self, batch: ForwardBatch, kv: KVStorage, angles: Sequence[Tensor], places: Tensor) -> Tensor:
+        """Float32 logits (L, vocab), before any softcap; keys and values go into `kv`. See `Angles.rows`."""
         program = self.program
         rows = batch.tokens.shape[0]
         x = torch.empty(rows, program.hidden)
-        flat = [part for pair in angles for part in pair]
         each = program.layers if rows <= WHOLE else 1
         for first in range(0, program.layers, each):
             logits = program.run(
@@ -46,7 +44,8 @@ class NativeStep:
                 batch.logit_rows,
                 kv.keys,
                 kv.values,
-                flat,
+                angles,
+                places,
                 first,
                 first + each,
             )
@@ -60,13 +59,13 @@ def native_step(
     final_norm: Tensor,
     head: Linear,
     *,
+    ropes: Sequence[RopeSpec],
     dtype: torch.dtype,
     backend: str,
 ) -> NativeStep | None:
     """The native pass of these parts, or None where one of them is not for it."""
     if backend != "cpu" or dtype != torch.float32 or not blocks:
         return None
-    ropes = tuple(dict.fromkeys(block.layer.rope for block in blocks))
     layers = [_layer(block, ropes) for block in blocks]
     end = _matrix(head)
     if end is None or not all(layers):
@@ -86,7 +85,7 @@ def native_step(
         attention_softcap=spec.attention_softcap,
         logit_scale=spec.logit_scale,
     )
-    return NativeStep(program, ropes)
+    return NativeStep(program)
 
 
 def _layer(block: Block, ropes: Sequence[RopeSpec]) -> native.Layer | None:

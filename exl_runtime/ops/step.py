@@ -117,6 +117,7 @@ class Program:
         keys: Tensor,
         values: Tensor,
         angles: Sequence[Tensor],
+        places: Tensor,
         first: int,
         last: int,
     ) -> Tensor:
@@ -124,7 +125,8 @@ class Program:
 
         x             float32 (T, hidden), written in place
         keys, values  the pages of all layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
-        angles        cos, sin, cos, sin, ... of each rope, float32 (T, rotary_dim / 2)
+        angles        cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
+        places        int64 (T,), the row in them of every token
         The others are those of `ForwardBatch`. Returns float32 logits (L, vocab), empty if `last` is not the end.
         """
         logits: Tensor = self._run(
@@ -139,6 +141,7 @@ class Program:
             keys,
             values,
             angles,
+            places,
             first,
             last,
         )

@@ -157,9 +157,10 @@ StepPages step_pages(const char* op, const char* name, const Tensor& t, const St
   return pages;
 }
 
-// Every layer's angles in turn: cos and sin, float32 (rows, half).
-std::vector<StepRope> step_ropes(const char* op, const std::vector<Tensor>& angles, const StepModel& m, int64_t rows) {
+// The angles of every rope in turn: cos and sin, float32 (n, half).
+std::vector<StepRope> step_ropes(const char* op, const std::vector<Tensor>& angles, const StepModel& m) {
   std::vector<StepRope> ropes;
+  const int64_t rows = angles.empty() ? 0 : angles[0].size(0);
   for (size_t i = 0; i + 1 < angles.size(); i += 2) {
     check_cpu(op, "cos", angles[i], ScalarType::Float);
     check_cpu(op, "sin", angles[i + 1], ScalarType::Float);
@@ -188,7 +189,7 @@ const int64_t* step_longs(const char* op, const char* name, const Tensor& t, int
 
 Tensor op_step_run(int64_t number, const Tensor& x, const Tensor& tokens, const Tensor& slots, const Tensor& q_starts,
                    const Tensor& kv_lengths, const Tensor& pages, const Tensor& logit_rows, const Tensor& keys,
-                   const Tensor& values, std::vector<Tensor> angles, int64_t first, int64_t last) {
+                   const Tensor& values, std::vector<Tensor> angles, const Tensor& places, int64_t first, int64_t last) {
   const char* op = "step_run";
   const auto program = step_program(op, number);
   const StepModel& m = program->model;
@@ -229,8 +230,9 @@ Tensor op_step_run(int64_t number, const Tensor& x, const Tensor& tokens, const 
     a.window = m.layers[size_t(i)].window > a.window ? m.layers[size_t(i)].window : a.window;
   }
   if (first < last) check_tables(op, a, b.rows, keys.size(1));
-  const std::vector<StepRope> ropes = step_ropes(op, angles, m, b.rows);
-  b.ropes = ropes.data();
+  const std::vector<StepRope> ropes = step_ropes(op, angles, m);
+  b.ropes = ropes.data(), b.rope_count = int64_t(ropes.size());
+  b.places = step_longs(op, "places", places, b.rows, angles.empty() ? 0 : angles[0].size(0));
   const bool ends = last == layers;
   Tensor logits = empty_cpu({ends ? b.logits : 0, m.head.outputs}, ScalarType::Float);
   step_cpu(m, b, first, last, x.mutable_data_ptr<float>(), ends ? logits.mutable_data_ptr<float>() : nullptr,
@@ -272,7 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def("step_free(int program) -> ()");
   m.def(
       "step_run(int program, Tensor(a!) x, Tensor tokens, Tensor slots, Tensor q_starts, Tensor kv_lengths, "
-      "Tensor pages, Tensor logit_rows, Tensor(b!) keys, Tensor(c!) values, Tensor[] angles, int first, int last) "
+      "Tensor pages, Tensor logit_rows, Tensor(b!) keys, Tensor(c!) values, Tensor[] angles, Tensor places, int first, int last) "
       "-> Tensor");
   m.def("step_times(int program, bool timed) -> (Tensor, str)");
   m.def("all_finite(Tensor x) -> bool");

@@ -102,6 +102,7 @@ class Pass {
       *rooms[i] = at;
       at += (widths[i] * b_.rows + 15) / 16 * 16;
     }
+    gather_angles();
   }
 
   void embed() {
@@ -167,6 +168,26 @@ class Pass {
   }
 
  private:
+  // Row t of each rope's angles is token t's.
+  void gather_angles() {
+    static thread_local Scratch memory;
+    int64_t size = 0;
+    for (int64_t i = 0; i < b_.rope_count; ++i) size += 2 * b_.rows * b_.ropes[i].half;
+    float* at = memory.floats(size);
+    const auto rows_of = [&](const float* from, int64_t half) {
+      const float* first = at;
+      for (int64_t t = 0; t < b_.rows; ++t, at += half) {
+        std::memcpy(at, from + b_.places[t] * half, size_t(half) * sizeof(float));
+      }
+      return first;
+    };
+    for (int64_t i = 0; i < b_.rope_count; ++i) {
+      const StepRope& r = b_.ropes[i];
+      const float *cos = rows_of(r.cos, r.half), *sin = rows_of(r.sin, r.half);
+      ropes_.push_back({cos, sin, r.half});
+    }
+  }
+
   void norm(const float* x, const float* weight, float* y, int64_t rows) {
     rms_norm(x, weight, y, Dtype::float32, rows, m_.hidden, m_.eps, m_.norm_offset);
     watch_.lap(Phase::norm);
@@ -181,7 +202,7 @@ class Pass {
                m_.norm_offset);
       watch_.lap(Phase::norm);
     }
-    const StepRope& r = b_.ropes[l.rope];
+    const StepRope& r = ropes_[size_t(l.rope)];
     const int64_t dim = m_.head_dim;
     rope(to_.query, Dtype::float32, b_.rows, m_.heads, dim, m_.heads * dim, 2 * r.half, r.cos, r.sin);
     rope(to_.key, Dtype::float32, b_.rows, m_.kv_heads, dim, m_.kv_heads * dim, 2 * r.half, r.cos, r.sin);
@@ -236,6 +257,7 @@ class Pass {
   const StepBatch& b_;
   float* const x_;
   Rooms to_;
+  std::vector<StepRope> ropes_;
   Stopwatch watch_;
 };
 

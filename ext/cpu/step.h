@@ -56,7 +56,7 @@ struct StepModel {
   std::vector<StepLayer> layers;
 };
 
-// Angles of every token, float32 (rows, half).
+// Angles, float32 (n, half); which row of them is a token's says StepBatch::places.
 struct StepRope {
   const float *cos, *sin;
   int64_t half;
@@ -75,6 +75,8 @@ struct StepBatch {
   const int64_t *tokens, *slots;  // (rows)
   const int32_t *q_starts, *kv_lengths, *page_table;
   const StepRope* ropes;
+  int64_t rope_count;
+  const int64_t* places;  // (rows)
   StepPages keys, values;
   Dtype page_dtype;
   const int64_t* logit_rows;  // (logits)
