@@ -15,6 +15,7 @@ from exl_runtime.generation.engine import Engine
 from exl_runtime.generation.generator import Generator
 from exl_runtime.generation.runner import Runner
 from exl_runtime.generation.scheduler import Scheduler
+from exl_runtime.model.batch import Plan
 from exl_runtime.model.step import NativeStep
 from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import native
@@ -36,8 +37,8 @@ PARTS: tuple[tuple[type, str, str], ...] = (
     (Scheduler, "commit", "pages"),
     (Engine, "_advance", "stops and events"),
     (Runner, "run", "runner"),
-    (Runner, "_batch", "describing the batch"),
-    (Transformer, "forward", "angles and checks"),
+    (Runner, "_plan_of", "describing the batch"),
+    (Transformer, "forward_plan", "angles and checks"),
     (NativeStep, "run", NATIVE),
     (Sampler, "sample", "sampling"),
     (Detokenizer, "push", "detokenizing"),
@@ -102,11 +103,11 @@ class Watch:
         """NativeStep.run, with its phases set apart from it."""
         counted = self.wrap(run, NATIVE)
 
-        def timed(step: NativeStep, batch: Any, *rest: Any) -> Any:
+        def timed(step: NativeStep, plan: Plan, *rest: Any) -> Any:
             step.program.times(True)
-            result = counted(step, batch, *rest)
+            result = counted(step, plan, *rest)
             phases = step.program.times(True)
-            self.decoding = batch.tokens.shape[0] == len(batch.rope_lengths)
+            self.decoding = len(plan.tokens) == len(plan.rope_lengths)
             self.spent[NATIVE] -= sum(phases.values())
             self.phases.append(phases)
             return result

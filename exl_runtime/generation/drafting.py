@@ -99,10 +99,8 @@ class Drafter:
             end += len(part.ids)
             rows += [end] if wanted else []
         try:
-            batch = self._runner.describe(
-                parts, rows, tuple(self.model.spec.rope_length(s.planned) for s, _, _ in work), None
-            )
-            return self.model.forward(batch, self.kv).cpu()
+            lengths = tuple(self.model.spec.rope_length(s.planned) for s, _, _ in work)
+            return self._runner.compute(self._runner.plan(parts, rows, lengths, None))
         except Exception as err:  # guessing is optional
             log.warning("the draft model failed, going on without: %s", err)
             return None

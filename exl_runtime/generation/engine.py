@@ -126,8 +126,8 @@ class Engine:
             return
         assert rows is not None
         accepted, sequence.drafted_tokens = 0, sequence.drafted_tokens + len(chunk.draft)
-        for row, guess in zip(rows[-1 - len(chunk.draft) :], (*chunk.draft, None), strict=True):
-            draw = self._draw(sequence, row)
+        for place, guess in enumerate((*chunk.draft, None), rows.shape[0] - 1 - len(chunk.draft)):
+            draw = self._draw(sequence, rows[place])  # walking over a tensor would make all rows, and slowly
             right = draw.id == guess
             accepted += right
             sequence.accepted_tokens += right

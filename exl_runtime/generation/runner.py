@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
-from ..model.batch import ForwardBatch
+from ..model.batch import ForwardBatch, Plan
 from ..ops.step import all_finite
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
@@ -56,18 +56,19 @@ class Runner:
         self.kv = kv
         self._pages_of: tuple[tuple[int, int], ...] = ()
         self._pages = torch.zeros(0)
+        self._on_cpu = model.device.type == "cpu"
+        self._forward_plan = getattr(model, "forward_plan", None)
 
     def run(self, chunks: Many[Chunk]) -> list[Outcome]:
         """Compute the chunks in one pass."""
         try:
-            logits = self.model.forward(self._batch(chunks), self.kv)
+            logits = self.compute(self._plan_of(chunks))
         except Exception as err:  # whatever it is, it belongs to the owners of these requests
             if len(chunks) == 1:
                 return [_explain(err, chunks[0])]
             log.warning("a pass over %d sequences failed (%s); running them one at a time", len(chunks), err)
             return [outcome for chunk in chunks for outcome in self.run([chunk])]
-        logits = logits.cpu()  # once for all rows; drawing happens there
-        if len(chunks) == 1 and all_finite(logits):
+        if len(chunks) == 1 and self._forward_plan is not None:
             return [logits if chunks[0].rows else None]
         finite = _finite_rows(logits)
         outcomes: list[Outcome] = []
@@ -93,20 +94,27 @@ class Runner:
             stop = min(start + chunk, len(tokens))
             wanted = range(max(0, first - start), stop - start)
             part = Part(tokens[start:stop], pages, start, stop)
-            batch = self.describe([part], wanted, (rope_length,), None)
-            rows = self.model.forward(batch, self.kv)
+            rows = self.compute(self.plan([part], wanted, (rope_length,), None))
             if len(wanted):
-                visit(start + wanted.start, rows.cpu())
+                visit(start + wanted.start, rows)
 
     def last_logits(self, ids: Many[int], pages: Many[int], start: int, rope_length: int) -> Tensor:
         """float32 (vocab,) on the CPU: after `ids` at the cache indices from `start`, `PASS` tokens at a time."""
         for at in range(0, len(ids), PASS):
             part = Part(ids[at : at + PASS], pages, start + at, start + min(at + PASS, len(ids)))
             wanted = [len(part.ids) - 1] if at + PASS >= len(ids) else []
-            rows = self.model.forward(self.describe([part], wanted, (rope_length,), None), self.kv)
-        return rows[0].cpu()
+            rows = self.compute(self.plan([part], wanted, (rope_length,), None))
+        return rows[0]
 
-    def _batch(self, chunks: Many[Chunk]) -> ForwardBatch:
+    def compute(self, plan: Plan) -> Tensor:
+        """float32 logits (L, vocab) on the CPU, where drawing happens."""
+        if self._forward_plan is not None:  # it vouches for the logits, too
+            logits = self._forward_plan(plan, self.kv)
+        else:
+            logits = self.model.forward(plan.on(self.model.device), self.kv)
+        return logits if self._on_cpu else logits.cpu()
+
+    def _plan_of(self, chunks: Many[Chunk]) -> Plan:
         parts = [Part(chunk.ids, chunk.sequence.pages, chunk.start, chunk.end) for chunk in chunks]
         rows: list[int] = []
         end = 0
@@ -115,15 +123,15 @@ class Runner:
             rows += range(end - chunk.rows, end)
         lengths = tuple(chunk.sequence.rope_length for chunk in chunks)
         identity = tuple((chunk.sequence.order, chunk.sequence.version) for chunk in chunks)
-        return self.describe(parts, rows, lengths, identity)
+        return self.plan(parts, rows, lengths, identity)
 
-    def describe(
+    def plan(
         self,
         parts: Many[Part],
         rows: Many[int],
         rope_lengths: tuple[int, ...],
         identity: tuple[tuple[int, int], ...] | None,
-    ) -> ForwardBatch:
+    ) -> Plan:
         """A pass over `parts` with the logits of `rows`. While `identity` stays the same, so do all pages."""
         size = self.kv.page_size
         tokens: list[int] = []
@@ -140,22 +148,15 @@ class Runner:
                 slots += range(first, first + until - at)
                 at = until
             starts.append(len(tokens))
-        # Two transfers instead of seven: everything of one width travels in one tensor.
-        total, wanted, sequences = len(tokens), len(rows), len(parts)
-        wide = torch.tensor([*tokens, *positions, *slots, *rows], dtype=torch.int64).to(self.model.device)
-        narrow = torch.tensor([*starts, *(part.stop for part in parts)], dtype=torch.int32).to(self.model.device)
-        ids, places, kept, logit_rows = wide.split([total, total, total, wanted])
-        q_starts, kv_lengths = narrow.split([sequences + 1, sequences])
-        return ForwardBatch(
-            tokens=ids,
-            positions=places,
-            slots=kept,
-            q_starts=q_starts,
-            kv_lengths=kv_lengths,
+        return Plan(
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            q_starts=starts,
+            kv_lengths=[part.stop for part in parts],
             pages=self._page_table(parts, identity),
             rope_lengths=rope_lengths,
-            logit_rows=logit_rows,
-            last_position=max((part.stop for part in parts), default=1) - 1,
+            logit_rows=rows,
         )
 
     def _page_table(self, parts: Many[Part], identity: tuple[tuple[int, int], ...] | None) -> Tensor:

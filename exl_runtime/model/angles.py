@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..config.spec import RopeSpec
 from ..ops.rope import cos_sin, frequencies
-from .batch import ForwardBatch
+from .batch import ForwardBatch, Plan
 
 KEPT_FREQUENCIES = 64
 TABLE_STEP = 1024  # positions
@@ -21,7 +21,7 @@ class Angles:
         self.ropes = tuple(ropes)
         self._device = device
         self._frequencies: dict[tuple[int, int], Tensor] = {}
-        self._lengths: tuple[int, ...] = ()  # for which the tables are
+        self._lengths: tuple[int, ...] | None = None  # for which the tables are
         self._reach = 0  # positions that they hold
         self._tables: list[Tensor] = []
         self._fixed = not any(rope.depends_on_length for rope in self.ropes)
@@ -42,23 +42,24 @@ class Angles:
         ]
         return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
 
-    def rows(self, batch: ForwardBatch) -> tuple[list[Tensor], Tensor]:
-        """cos, sin, cos, sin, ... of all ropes, float32 (n, rotary_dim / 2), and the row in them of every token."""
+    def rows(self, plan: Plan) -> tuple[list[Tensor], Sequence[int]]:
+        """cos, sin, cos, sin, ... of all ropes, float32 (n, rotary_dim / 2), and the row in them of every token.
+
+        The list is the same object while the tables are.
+        """
         if self._fixed:
             lengths: tuple[int, ...] | None = self._zeros
         else:
-            found = {tuple(rope.effective_length(planned) for rope in self.ropes) for planned in batch.rope_lengths}
+            found = {tuple(rope.effective_length(planned) for rope in self.ropes) for planned in plan.rope_lengths}
             lengths = found.pop() if len(found) == 1 else None
-        last = batch.last_position
-        if last is None:
-            last = max(batch.positions.tolist(), default=0)
-        if lengths is not None and lengths == self._lengths and last < self._reach:
-            return self._tables, batch.positions
+        last = max(plan.positions, default=0)
         if lengths is not None and last < TABLE_MOST:
-            self._fill(lengths, last)
-            return self._tables, batch.positions
+            if lengths != self._lengths or last >= self._reach:
+                self._fill(lengths, last)
+            return self._tables, plan.positions
+        batch = plan.on(self._device)
         parts = [part for number in range(len(self.ropes)) for part in self.of(number, batch)]
-        return parts, torch.arange(batch.positions.shape[0])
+        return parts, range(len(plan.positions))
 
     def _fill(self, lengths: tuple[int, ...], last: int) -> None:
         """Tables that reach beyond `last`, and twice as far as before while a sequence grows."""

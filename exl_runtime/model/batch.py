@@ -1,8 +1,11 @@
-"""`ForwardBatch`: everything one forward pass needs to know, and nothing else."""
+"""`ForwardBatch`: everything one forward pass needs to know, and nothing else. `Plan`: the same in plain numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,4 +24,50 @@ class ForwardBatch:
     pages: Tensor  # int32 (S, P) page table; entries past the last used page are 0
     rope_lengths: tuple[int, ...]  # per sequence, ModelSpec.rope_length of its plan
     logit_rows: Tensor  # int64 (L,) rows of the T whose logits are wanted
-    last_position: int | None = None  # the greatest of `positions`, where it is known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The fields of a ForwardBatch before there are tensors: a native pass wants none for a handful of numbers."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[int]
+    q_starts: Sequence[int]
+    kv_lengths: Sequence[int]
+    pages: Tensor  # on the model's device; the same one from token to token
+    rope_lengths: tuple[int, ...]
+    logit_rows: Sequence[int]
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Self:
+        """The plan of a batch."""
+        return cls(
+            tokens=batch.tokens.tolist(),
+            positions=batch.positions.tolist(),
+            slots=batch.slots.tolist(),
+            q_starts=batch.q_starts.tolist(),
+            kv_lengths=batch.kv_lengths.tolist(),
+            pages=batch.pages,
+            rope_lengths=batch.rope_lengths,
+            logit_rows=batch.logit_rows.tolist(),
+        )
+
+    def on(self, device: torch.device) -> ForwardBatch:
+        """The batch of a plan."""
+        total, sequences, wanted = len(self.tokens), len(self.kv_lengths), len(self.logit_rows)
+        # Two transfers instead of seven: everything of one width travels in one tensor.
+        wide = torch.tensor([*self.tokens, *self.positions, *self.slots, *self.logit_rows], dtype=torch.int64)
+        narrow = torch.tensor([*self.q_starts, *self.kv_lengths], dtype=torch.int32).to(device)
+        tokens, positions, slots, logit_rows = wide.to(device).split([total, total, total, wanted])
+        q_starts, kv_lengths = narrow.split([sequences + 1, sequences])
+        return ForwardBatch(
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            q_starts=q_starts,
+            kv_lengths=kv_lengths,
+            pages=self.pages,
+            rope_lengths=self.rope_lengths,
+            logit_rows=logit_rows,
+        )

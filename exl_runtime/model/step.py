@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec, RopeSpec
 from ..ops import step as native
-from .batch import ForwardBatch
+from .batch import Plan
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
@@ -27,29 +27,21 @@ class NativeStep:
     def __init__(self, program: native.Program) -> None:
         self.program = program
 
-    def run(self, batch: ForwardBatch, kv: KVStorage, angles: Sequence[Tensor], places: Tensor) -> Tensor:
-        """Float32 logits (L, vocab), before any softcap; keys and values go into `kv`. See `Angles.rows`."""
+    def run(self, plan: Plan, kv: KVStorage, angles: Sequence[Tensor], places: Sequence[int]) -> tuple[Tensor, bool]:
+        """Float32 logits (L, vocab), before any softcap, and whether they are finite; keys and values go into `kv`.
+
+        angles, places: see `Angles.rows`.
+        """
         program = self.program
-        rows = batch.tokens.shape[0]
-        x = torch.empty(rows, program.hidden)
-        each = program.layers if rows <= WHOLE else 1
-        for first in range(0, program.layers, each):
-            logits = program.run(
-                x,
-                batch.tokens,
-                batch.slots,
-                batch.q_starts,
-                batch.kv_lengths,
-                batch.pages,
-                batch.logit_rows,
-                kv.keys,
-                kv.values,
-                angles,
-                places,
-                first,
-                first + each,
-            )
-        return logits
+        program.bind(kv.keys, kv.values, angles)
+        sizes = (len(plan.tokens), len(plan.kv_lengths), len(plan.logit_rows))
+        numbers = [*sizes, *plan.tokens, *places, *plan.slots, *plan.q_starts, *plan.kv_lengths, *plan.logit_rows]
+        if sizes[0] <= WHOLE:
+            return program.run(numbers, plan.pages, 0, program.layers)
+        for layer in range(program.layers):
+            found = program.run(numbers, plan.pages, layer, layer + 1)
+            numbers = []
+        return found
 
 
 def native_step(

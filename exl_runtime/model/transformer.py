@@ -3,6 +3,8 @@
 Knows nothing of text, requests or sampling; keys and values live in pages that somebody else hands out.
 """
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..errors import NonFiniteError
 from ..ops.step import all_finite
 from ..ops.table import OpSet
 from .angles import Angles
-from .batch import ForwardBatch
+from .batch import ForwardBatch, Plan
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
@@ -60,12 +62,27 @@ class Transformer:
         Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
         is not finite.
         """
-        step = self.step
-        logits = self._run(batch, kv, check=False) if step is None else self._run_native(step, batch, kv)
+        if self.step is not None:
+            return self.forward_plan(Plan.of(batch), kv)
+        logits = self._run(batch, kv, check=False)
         if not all_finite(logits):
-            self._run(batch, kv, check=True)
-            raise NonFiniteError("the logits contain NaN or infinity", hint="the output head or its scales are damaged")
+            self._refuse(batch, kv)
         return logits
+
+    def forward_plan(self, plan: Plan, kv: KVStorage) -> Tensor:
+        """`forward` without a detour over tensors, for what runs natively."""
+        step = self.step
+        if step is None:
+            return self.forward(plan.on(self.device), kv)
+        logits, finite = step.run(plan, kv, *self._angles.rows(plan))
+        if not finite:
+            self._refuse(plan.on(self.device), kv)
+        return logits if self.spec.logit_softcap is None else self._capped(logits)
+
+    def _refuse(self, batch: ForwardBatch, kv: KVStorage) -> NoReturn:
+        """The logits are not finite: find the layer."""
+        self._run(batch, kv, check=True)
+        raise NonFiniteError("the logits contain NaN or infinity", hint="the output head or its scales are damaged")
 
     @property
     def step(self) -> NativeStep | None:
@@ -79,9 +96,6 @@ class Transformer:
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
         self._step, self._step_is_known = None, False
-
-    def _run_native(self, step: NativeStep, batch: ForwardBatch, kv: KVStorage) -> Tensor:
-        return self._capped(step.run(batch, kv, *self._angles.rows(batch)))
 
     def _capped(self, logits: Tensor) -> Tensor:
         if (cap := self.spec.logit_softcap) is not None:

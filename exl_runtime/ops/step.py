@@ -102,50 +102,29 @@ class Program:
                 layer.rope,
             )
         self.layers = len(layers)
-        self.hidden = table.shape[1]
         self._run = ops.step_run
+        self._bound: tuple[object, ...] = (None, None, None)
 
-    def run(
-        self,
-        x: Tensor,
-        tokens: Tensor,
-        slots: Tensor,
-        q_starts: Tensor,
-        kv_lengths: Tensor,
-        pages: Tensor,
-        logit_rows: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        angles: Sequence[Tensor],
-        places: Tensor,
-        first: int,
-        last: int,
-    ) -> Tensor:
-        """Layers [first, last). From layer 0 on x is made from the tokens; the last layer ends in logits.
+    def bind(self, keys: Tensor, values: Tensor, angles: Sequence[Tensor]) -> None:
+        """What the next passes read and write; costs nothing while these are the same objects.
 
-        x             float32 (T, hidden), written in place
         keys, values  the pages of all layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
         angles        cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
-        places        int64 (T,), the row in them of every token
-        The others are those of `ForwardBatch`. Returns float32 logits (L, vocab), empty if `last` is not the end.
         """
-        logits: Tensor = self._run(
-            self._number,
-            x,
-            tokens,
-            slots,
-            q_starts,
-            kv_lengths,
-            pages,
-            logit_rows,
-            keys,
-            values,
-            angles,
-            places,
-            first,
-            last,
-        )
-        return logits
+        was = self._bound
+        if keys is not was[0] or values is not was[1] or angles is not was[2]:
+            native.ops().step_bind(self._number, keys, values, list(angles))
+            self._bound = (keys, values, angles)
+
+    def run(self, plan: Sequence[int], pages: Tensor, first: int, last: int) -> tuple[Tensor, bool]:
+        """Layers [first, last) of a pass, from layer 0 on; the last one ends in logits.
+
+        plan   T, S, L, then T tokens, T rows of the angles, T slots, S + 1 starts of sequences in the rows, S lengths
+               of sequences, L rows whose logits are wanted: see `ForwardBatch`. Empty for the layers behind the first
+        pages  int32 (S, P)
+        Returns float32 logits (L, vocab), empty if `last` is not the end, and whether all of them are finite.
+        """
+        return self._run(self._number, plan, pages, first, last)  # type: ignore[no-any-return]
 
     def times(self, timed: bool = True) -> dict[str, float]:
         """Seconds spent in each phase since the last call of this; from now on passes are timed, or not."""

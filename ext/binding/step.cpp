@@ -1,7 +1,7 @@
 // A whole pass of a model in one call. Contract: cpu/step.h.
 //
 // A model is built once, step_new and then step_layer for every layer; everything about its matrices is checked there.
-// It keeps the tensors that it reads. step_run looks only at the batch.
+// It keeps the tensors that it reads. step_bind says where keys and values go; step_run looks only at the batch.
 #include "../cpu/step.h"
 
 #include <cmath>
@@ -21,6 +21,17 @@ namespace {
 struct StepProgram {
   StepModel model;
   std::vector<Tensor> kept;
+  // From step_bind.
+  std::vector<Tensor> bound;
+  std::vector<StepRope> ropes;
+  int64_t angle_rows = 0, pages = 0;
+  // Of the pass under way: what `batch` points into, and the stream.
+  std::vector<int64_t> plan;
+  std::vector<int32_t> q_starts, kv_lengths;
+  std::optional<Tensor> table;
+  StepBatch batch{};
+  std::vector<float> x;
+  int64_t next_layer = -1;  // -1: none
   StepTimes times{};
   bool timed = false;
 };
@@ -177,29 +188,12 @@ std::vector<StepRope> step_ropes(const char* op, const std::vector<Tensor>& angl
   return ropes;
 }
 
-const int64_t* step_longs(const char* op, const char* name, const Tensor& t, int64_t size, int64_t limit) {
-  check_cpu(op, name, t, ScalarType::Long);
-  check_shape(op, name, t, {size});
-  const int64_t* values = t.const_data_ptr<int64_t>();
-  const int64_t bad = bad_slot(values, t.size(0), limit);
-  EXL_CHECK(bad < 0, "exl::", op, ": ", name, "[", bad, "] is ", values[bad < 0 ? 0 : bad], ", allowed are 0 to ",
-            limit - 1);
-  return values;
-}
-
-Tensor op_step_run(int64_t number, const Tensor& x, const Tensor& tokens, const Tensor& slots, const Tensor& q_starts,
-                   const Tensor& kv_lengths, const Tensor& pages, const Tensor& logit_rows, const Tensor& keys,
-                   const Tensor& values, std::vector<Tensor> angles, const Tensor& places, int64_t first, int64_t last) {
-  const char* op = "step_run";
+// Remembers the pages and the angles of the passes to come.
+void op_step_bind(int64_t number, const Tensor& keys, const Tensor& values, std::vector<Tensor> angles) {
+  const char* op = "step_bind";
   const auto program = step_program(op, number);
   const StepModel& m = program->model;
-  const int64_t layers = int64_t(m.layers.size());
-  EXL_CHECK(0 <= first && first <= last && last <= layers, "exl::", op, ": layers ", first, " to ", last, " of ",
-            layers);
-  check_cpu(op, "x", x, ScalarType::Float);
-  check_shape(op, "x", x, {-1, m.hidden});
   StepBatch b{};
-  b.rows = x.size(0);
   b.keys = step_pages(op, "keys", keys, m, b);
   b.values = step_pages(op, "values", values, m, b);
   EXL_CHECK(keys.scalar_type() == values.scalar_type() && keys.size(1) == values.size(1) &&
@@ -207,37 +201,89 @@ Tensor op_step_run(int64_t number, const Tensor& x, const Tensor& tokens, const 
             "exl::", op, ": keys ", describe(keys), " and values ", describe(values), " do not belong together");
   b.page_size = keys.size(2);
   EXL_CHECK(b.page_size > 0, "exl::", op, ": empty pages, got ", describe(keys));
-  b.tokens = step_longs(op, "tokens", tokens, b.rows, m.vocabulary);
-  b.slots = step_longs(op, "slots", slots, b.rows, keys.size(1) * b.page_size);
-  b.logits = logit_rows.numel();
-  b.logit_rows = step_longs(op, "logit_rows", logit_rows, b.logits, b.rows);
+  program->ropes = step_ropes(op, angles, m);
+  program->angle_rows = angles.empty() ? 0 : angles[0].size(0);
+  program->pages = keys.size(1);
+  b.ropes = program->ropes.data(), b.rope_count = int64_t(program->ropes.size());
+  program->batch = b;
+  angles.push_back(keys);
+  angles.push_back(values);
+  program->bound = std::move(angles);
+  program->next_layer = 0;
+}
+
+// `count` numbers of the plan, each in [0, limit).
+const int64_t* step_part(const char* op, const char* name, const int64_t*& at, int64_t count, int64_t limit) {
+  const int64_t* values = at;
+  const int64_t bad = bad_slot(values, count, limit);
+  EXL_CHECK(bad < 0, "exl::", op, ": ", name, "[", bad, "] is ", values[bad < 0 ? 0 : bad], ", allowed are 0 to ",
+            limit - 1);
+  at += count;
+  return values;
+}
+
+const int32_t* step_ints(const char* op, const char* name, const int64_t*& at, int64_t count, std::vector<int32_t>& to) {
+  to.resize(size_t(count));
+  for (int64_t i = 0; i < count; ++i) {
+    EXL_CHECK(at[i] >= 0 && at[i] <= std::numeric_limits<int32_t>::max(), "exl::", op, ": ", name, "[", i, "] is ",
+              at[i]);
+    to[size_t(i)] = int32_t(at[i]);
+  }
+  at += count;
+  return to.data();
+}
+
+// A new pass: checks the numbers and the page table against what is bound.
+void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan, const Tensor& pages) {
+  const StepModel& m = program.model;
+  StepBatch b = program.batch;
+  program.next_layer = -1;  // until everything is known to be good
+  program.plan = std::move(plan);
+  const int64_t* at = program.plan.data();
+  const int64_t given = int64_t(program.plan.size());
+  EXL_CHECK(given >= 3 && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[0] < given && at[1] < given && at[2] < given &&
+                given == 3 + 3 * at[0] + 2 * at[1] + 1 + at[2],
+            "exl::", op, ": a plan of ", given, " numbers does not hold what it says");
+  b.rows = at[0], b.sequences = at[1], b.logits = at[2];
+  at += 3;
   EXL_CHECK(b.logits <= b.rows, "exl::", op, ": ", b.logits, " rows of logits of ", b.rows, " tokens");
-  check_cpu(op, "q_starts", q_starts, ScalarType::Int);
-  check_cpu(op, "kv_lengths", kv_lengths, ScalarType::Int);
+  b.tokens = step_part(op, "tokens", at, b.rows, m.vocabulary);
+  b.places = step_part(op, "places", at, b.rows, program.angle_rows);
+  b.slots = step_part(op, "slots", at, b.rows, program.pages * b.page_size);
+  b.q_starts = step_ints(op, "q_starts", at, b.sequences + 1, program.q_starts);
+  b.kv_lengths = step_ints(op, "kv_lengths", at, b.sequences, program.kv_lengths);
+  b.logit_rows = step_part(op, "logit_rows", at, b.logits, b.rows);
   check_cpu(op, "pages", pages, ScalarType::Int);
-  check_shape(op, "kv_lengths", kv_lengths, {-1});
-  b.sequences = kv_lengths.size(0);
-  check_shape(op, "q_starts", q_starts, {b.sequences + 1});
   check_shape(op, "pages", pages, {b.sequences, -1});
   b.table_width = pages.size(1);
-  b.q_starts = q_starts.const_data_ptr<int32_t>();
-  b.kv_lengths = kv_lengths.const_data_ptr<int32_t>();
   b.page_table = pages.const_data_ptr<int32_t>();
   AttentionArgs a{};
   a.q_starts = b.q_starts, a.kv_lengths = b.kv_lengths, a.page_table = b.page_table;
   a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
-  for (int64_t i = first; i < last; ++i) {  // the widest window stands for all
-    a.window = m.layers[size_t(i)].window > a.window ? m.layers[size_t(i)].window : a.window;
-  }
-  if (first < last) check_tables(op, a, b.rows, keys.size(1));
-  const std::vector<StepRope> ropes = step_ropes(op, angles, m);
-  b.ropes = ropes.data(), b.rope_count = int64_t(ropes.size());
-  b.places = step_longs(op, "places", places, b.rows, angles.empty() ? 0 : angles[0].size(0));
+  for (const StepLayer& layer : m.layers) a.window = layer.window > a.window ? layer.window : a.window;
+  check_tables(op, a, b.rows, program.pages);
+  program.table = pages;
+  program.batch = b;
+  program.x.resize(size_t(b.rows * m.hidden));
+  program.next_layer = 0;
+}
+
+std::tuple<Tensor, bool> op_step_run(int64_t number, std::vector<int64_t> plan, const Tensor& pages, int64_t first,
+                                     int64_t last) {
+  const char* op = "step_run";
+  const auto program = step_program(op, number);
+  const StepModel& m = program->model;
+  const int64_t layers = int64_t(m.layers.size());
+  EXL_CHECK(!program->bound.empty(), "exl::", op, ": no pages are bound");
+  if (first == 0) step_begin(op, *program, std::move(plan), pages);
+  EXL_CHECK(first == program->next_layer && first <= last && last <= layers, "exl::", op, ": layers ", first, " to ",
+            last, " of ", layers, ", layer ", program->next_layer, " comes next");
   const bool ends = last == layers;
-  Tensor logits = empty_cpu({ends ? b.logits : 0, m.head.outputs}, ScalarType::Float);
-  step_cpu(m, b, first, last, x.mutable_data_ptr<float>(), ends ? logits.mutable_data_ptr<float>() : nullptr,
-           program->timed ? &program->times : nullptr);
-  return logits;
+  Tensor logits = empty_cpu({ends ? program->batch.logits : 0, m.head.outputs}, ScalarType::Float);
+  float* to = ends ? logits.mutable_data_ptr<float>() : nullptr;
+  step_cpu(m, program->batch, first, last, program->x.data(), to, program->timed ? &program->times : nullptr);
+  program->next_layer = ends ? -1 : last;
+  return {logits, all_finite(to, ends ? logits.numel() : 0)};
 }
 
 // Seconds by phase since the last call, and their names; from now on passes are timed, or not.
@@ -272,10 +318,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
       "step_layer(int program, Tensor[] matrices, Tensor[] biases, int[] residuals, Tensor[] norms, str activation, "
       "int window, int rope) -> ()");
   m.def("step_free(int program) -> ()");
-  m.def(
-      "step_run(int program, Tensor(a!) x, Tensor tokens, Tensor slots, Tensor q_starts, Tensor kv_lengths, "
-      "Tensor pages, Tensor logit_rows, Tensor(b!) keys, Tensor(c!) values, Tensor[] angles, Tensor places, int first, int last) "
-      "-> Tensor");
+  m.def("step_bind(int program, Tensor(a!) keys, Tensor(b!) values, Tensor[] angles) -> ()");
+  m.def("step_run(int program, int[] plan, Tensor pages, int first, int last) -> (Tensor, bool)");
   m.def("step_times(int program, bool timed) -> (Tensor, str)");
   m.def("all_finite(Tensor x) -> bool");
 }
@@ -283,6 +327,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
 STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
   m.impl("step_new", TORCH_BOX(&exl::op_step_new));
   m.impl("step_layer", TORCH_BOX(&exl::op_step_layer));
+  m.impl("step_bind", TORCH_BOX(&exl::op_step_bind));
   m.impl("step_run", TORCH_BOX(&exl::op_step_run));
   m.impl("all_finite", TORCH_BOX(&exl::op_all_finite));
 }

@@ -274,18 +274,21 @@ void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int
 }
 
 bool all_finite(const float* x, int64_t count) {
+  constexpr int64_t lanes = 16;
   std::atomic<bool> good{true};
   parallel_for(
       count,
       [&](int64_t begin, int64_t end) {
-        uint32_t most = 0;
-        for (int64_t i = begin; i < end; ++i) {
-          const uint32_t size = float_to_bits(x[i]) & 0x7fffffffu;
-          most = size > most ? size : most;
+        float sum[lanes] = {};  // of zeros, and NaN where one is not finite
+        int64_t i = begin;
+        for (; i + lanes <= end; i += lanes) {
+          for (int64_t l = 0; l < lanes; ++l) sum[l] += x[i + l] * 0.0f;
         }
-        if (most >= 0x7f800000u) good.store(false, std::memory_order_relaxed);
+        for (; i < end; ++i) sum[0] += x[i] * 0.0f;
+        for (int64_t l = 1; l < lanes; ++l) sum[0] += sum[l];
+        if (sum[0] != 0.0f) good.store(false, std::memory_order_relaxed);
       },
-      1 << 18);
+      1 << 16);
   return good.load();
 }
 
