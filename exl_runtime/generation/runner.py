@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
 from ..model.batch import ForwardBatch, Plan
-from ..ops.step import all_finite
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
@@ -38,7 +37,7 @@ class Part:
 
 
 class Model(Protocol):
-    """What of a Transformer is used here."""
+    """What of a Transformer is used here; its `forward_plan`, where there is one, in place of `forward`."""
 
     spec: ModelSpec
     device: torch.device
@@ -57,7 +56,7 @@ class Runner:
         self._pages_of: tuple[tuple[int, int], ...] = ()
         self._pages = torch.zeros(0)
         self._on_cpu = model.device.type == "cpu"
-        self._forward_plan = getattr(model, "forward_plan", None)
+        self._plans = hasattr(model, "forward_plan")  # a Transformer's: no tensors for a few numbers
 
     def run(self, chunks: Many[Chunk]) -> list[Outcome]:
         """Compute the chunks in one pass."""
@@ -68,9 +67,10 @@ class Runner:
                 return [_explain(err, chunks[0])]
             log.warning("a pass over %d sequences failed (%s); running them one at a time", len(chunks), err)
             return [outcome for chunk in chunks for outcome in self.run([chunk])]
-        if len(chunks) == 1 and self._forward_plan is not None:
+        if len(chunks) == 1 and self._plans:
             return [logits if chunks[0].rows else None]
-        finite = _finite_rows(logits)
+        # What takes plans vouches for its logits.
+        finite = [True] * len(logits) if self._plans else torch.isfinite(logits).all(dim=-1).tolist()
         outcomes: list[Outcome] = []
         row = 0
         for chunk in chunks:
@@ -108,10 +108,8 @@ class Runner:
 
     def compute(self, plan: Plan) -> Tensor:
         """float32 logits (L, vocab) on the CPU, where drawing happens."""
-        if self._forward_plan is not None:  # it vouches for the logits, too
-            logits = self._forward_plan(plan, self.kv)
-        else:
-            logits = self.model.forward(plan.on(self.model.device), self.kv)
+        model: Any = self.model
+        logits = model.forward_plan(plan, self.kv) if self._plans else model.forward(plan.on(model.device), self.kv)
         return logits if self._on_cpu else logits.cpu()
 
     def _plan_of(self, chunks: Many[Chunk]) -> Plan:
@@ -167,10 +165,6 @@ class Runner:
             self._pages = torch.tensor(rows, dtype=torch.int32).to(self.model.device)
             self._pages_of = identity or ()
         return self._pages
-
-
-def _finite_rows(logits: Tensor) -> list[bool]:
-    return [True] * len(logits) if all_finite(logits) else torch.isfinite(logits).all(dim=-1).tolist()
 
 
 def _non_finite(chunk: Chunk, logits: Tensor, position: int) -> NonFiniteError:

@@ -3,6 +3,8 @@
 Knows nothing of text, requests or sampling; keys and values live in pages that somebody else hands out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -77,7 +79,10 @@ class Transformer:
         logits, finite = step.run(plan, kv, *self._angles.rows(plan))
         if not finite:
             self._refuse(plan.on(self.device), kv)
-        return logits if self.spec.logit_softcap is None else self._capped(logits)
+        if self.spec.logit_softcap is None:
+            return logits
+        with self._alone():
+            return self._capped(logits)
 
     def _refuse(self, batch: ForwardBatch, kv: KVStorage) -> NoReturn:
         """The logits are not finite: find the layer."""
@@ -102,8 +107,25 @@ class Transformer:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
 
-    @torch.inference_mode()
     def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
+        """Operator by operator."""
+        with torch.inference_mode(), self._alone():
+            return self._run_layers(batch, kv, check)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Native operators bring their own threads; those of torch would only spin for the same cores in between."""
+        threads = torch.get_num_threads() if self.backend == "cpu" else 1
+        if threads == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run_layers(self, batch: ForwardBatch, kv: KVStorage, check: bool) -> Tensor:
         spec = self.spec
         x = self.embedding(batch.tokens)
         if check:
