@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config.spec import RopeSpec
+from ..ops.native import torch_alone
 from ..ops.rope import cos_sin, frequencies
 from .batch import ForwardBatch, Plan
 
@@ -67,8 +68,9 @@ class Angles:
         reach = min(max(2 * known, -(-(last + 1) // TABLE_STEP) * TABLE_STEP), TABLE_MOST)
         positions = torch.arange(reach, device=self._device)
         self._tables = []
-        for number, (rope, length) in enumerate(zip(self.ropes, lengths, strict=True)):
-            self._tables += cos_sin(self._inv_freq(number, length), positions, rope.attention_factor)
+        with torch_alone():
+            for number, (rope, length) in enumerate(zip(self.ropes, lengths, strict=True)):
+                self._tables += cos_sin(self._inv_freq(number, length), positions, rope.attention_factor)
         self._lengths, self._reach = lengths, reach
 
     def _inv_freq(self, number: int, length: int) -> Tensor:

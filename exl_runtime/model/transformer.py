@@ -3,8 +3,7 @@
 Knows nothing of text, requests or sampling; keys and values live in pages that somebody else hands out.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
+from ..ops.native import torch_alone
 from ..ops.step import all_finite
 from ..ops.table import OpSet
 from .angles import Angles
@@ -112,18 +112,8 @@ class Transformer:
         with torch.inference_mode(), self._alone():
             return self._run_layers(batch, kv, check)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Native operators bring their own threads; those of torch would only spin for the same cores in between."""
-        threads = torch.get_num_threads() if self.backend == "cpu" else 1
-        if threads == 1:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    def _alone(self) -> AbstractContextManager[None]:
+        return torch_alone() if self.backend == "cpu" else nullcontext()
 
     def _run_layers(self, batch: ForwardBatch, kv: KVStorage, check: bool) -> Tensor:
         spec = self.spec

@@ -5,7 +5,8 @@ The library is built and loaded when something first asks for it, once per proce
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +126,21 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(count)
     if _loaded:
         ops().set_threads(count)
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Torch computes on the calling thread only: the native operators bring their own threads, and those of torch would
+    spin for the same cores long after the little that torch does between two of them."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def doctor_checks() -> list[Any]:

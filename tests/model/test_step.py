@@ -1,5 +1,9 @@
 """The native pass against the operators called one by one: the same bits, whatever the model, cache and batch."""
 
+import ast
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,3 +164,32 @@ def test_the_times_of_a_pass_are_told_by_phase(root) -> None:
     assert {"project", "attend", "mlp", "head"} <= {name for name, seconds in spent.items() if seconds > 0}
     model.forward(batch, kv)
     assert not any(program.times(False).values())
+
+
+THREADS = """
+import os, sys
+import torch
+import exl_runtime as exl
+torch.set_num_threads(2)
+def threads():
+    return {task: open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")}
+with exl.load(sys.argv[1], threads=2, context=2048, speculate="off") as runtime:
+    before = threads()
+    runtime.generate([5 + i % 900 for i in range(1500)], max_tokens=4)
+    print([name for task, name in threads().items() if task not in before])
+"""
+
+
+def test_a_pass_wakes_no_threads_of_torch(demo: Path, repo: Path) -> None:
+    """In a process of its own: libgomp never lets its threads go."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("threads are counted in /proc")
+    found = subprocess.run(
+        [sys.executable, "-c", THREADS, str(demo)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=repo,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert set(ast.literal_eval(found.stdout)) <= {"exl-worker"}
