@@ -66,7 +66,8 @@ def sample_min_p_reference(logits: Tensor, *, temperature: float, min_p: float, 
 
 def _native(logits: Tensor) -> bool:
     """Whoever runs on the reference backend never waits for a build here: only a library already loaded counts."""
-    return native.loaded() and logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+    # Attributes, no methods: a method of a tensor reads its arguments by code that is cold by the next token.
+    return native.loaded() and logits.is_cpu and logits.dtype == torch.float32
 
 
 def _checked(token: int, logits: Tensor) -> int:

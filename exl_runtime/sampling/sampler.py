@@ -70,8 +70,8 @@ class Sampler:
             raise ValueError(f"logits have shape {tuple(logits.shape)}, the sampler was made for ({self.vocab_size},)")
         index = len(generated)
         raw = None
-        if self._fused and native.loaded() and logits.device.type == "cpu":
-            token = self._draw_fused(logits.float(), index)
+        if self._fused and native.loaded() and logits.is_cpu:
+            token = self._draw_fused(logits if logits.dtype == torch.float32 else logits.float(), index)
         else:
             raw = _row(logits)
             _check(raw, index)

@@ -20,19 +20,27 @@ Tensor op_argmax(const Tensor& logits) {
   return out;
 }
 
-int64_t op_best(const Tensor& logits) {
-  check_cpu("best", "logits", logits, ScalarType::Float);
-  check_shape("best", "logits", logits, {-1});
-  return argmax(logits.const_data_ptr<float>(), logits.size(0));
+// float32 (n,) of any stride, as one piece.
+const float* one_row(const char* op, const Tensor& logits) {
+  EXL_CHECK(logits.is_cpu() && logits.scalar_type() == ScalarType::Float && logits.dim() == 1, "exl::", op,
+            ": logits must be a CPU tensor of dtype Float and shape (*), got ", describe(logits));
+  const float* from = logits.const_data_ptr<float>();
+  const int64_t stride = logits.stride(0), count = logits.size(0);
+  if (stride == 1 || count < 2) return from;
+  static thread_local std::vector<float> row;
+  row.resize(size_t(count));
+  for (int64_t i = 0; i < count; ++i) row[size_t(i)] = from[i * stride];
+  return row.data();
 }
 
+int64_t op_best(const Tensor& logits) { return argmax(one_row("best", logits), logits.size(0)); }
+
 int64_t op_sample_min_p(const Tensor& logits, double temperature, double min_p, double u) {
-  check_cpu("sample_min_p", "logits", logits, ScalarType::Float);
-  check_shape("sample_min_p", "logits", logits, {-1});
+  const float* row = one_row("sample_min_p", logits);
   EXL_CHECK(temperature > 0 && min_p >= 0 && min_p <= 1 && u >= 0 && u < 1,
             "exl::sample_min_p: wanted temperature > 0, 0 <= min_p <= 1 and 0 <= u < 1, got ", temperature, ", ", min_p,
             " and ", u);
-  return sample_min_p(logits.const_data_ptr<float>(), logits.size(0), temperature, min_p, u);
+  return sample_min_p(row, logits.size(0), temperature, min_p, u);
 }
 
 }  // namespace

@@ -41,9 +41,9 @@ void multiply_few(const DenseIsa& kernels, const DenseWeights& w, const float* x
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t r = 0; r < rows; ++r) pack(w, x + r * w.inputs, packed + (block * rows + r) * kBlock, block);
   }
-  parallel_for(
-      tiles, [&](int64_t first, int64_t last) { kernels.few(w, input, y, first, last); },
-      kGrainWeights / (w.inputs * kDenseColumns + 1) + 1);
+  const int64_t fair = tiles / (8 * int64_t(threads())) + 1, least = kGrainWeights / (w.inputs * kDenseColumns + 1) + 1;
+  parallel_steal(tiles, fair > least ? fair : least,
+                 [&](int64_t first, int64_t last) { kernels.few(w, input, y, first, last); });
 }
 
 void multiply_many(const DenseIsa& kernels, const DenseWeights& w, const float* x, float* y, int64_t rows) {

@@ -17,9 +17,16 @@ bool drawable(float best) { return std::isfinite(best); }  // NaN: one among the
 }  // namespace
 
 int64_t argmax(const float* logits, int64_t count) {
-  const float best = row_kernels().max(logits, count);
-  if (!drawable(best)) return -1;
+  constexpr int64_t kRun = 1024;  // of which one is searched a second time
+  const RowKernels& kernels = row_kernels();
+  float best = -std::numeric_limits<float>::infinity();
   int64_t i = 0;
+  for (int64_t start = 0; start < count; start += kRun) {
+    const float most = kernels.max(logits + start, count - start < kRun ? count - start : kRun);
+    if (most != most) return -1;
+    if (most > best) best = most, i = start;
+  }
+  if (!drawable(best)) return -1;
   while (logits[i] != best) ++i;
   return i;
 }

@@ -206,7 +206,19 @@ def test_argmax_takes_the_first_of_the_largest(values: list[float], name: str) -
     got = int(native.ops().argmax(logits[None])[0])
     native.ops().set_isa("best")
     best = max(values)
+    assert native.ops().best(logits) == got
+    assert native.ops().best(torch.stack([logits, logits + 1], 1)[:, 0]) == got  # of any stride
     assert got == (-1 if best == -math.inf else values.index(best)) == sample.argmax_reference(logits)
+
+
+def test_the_best_of_a_long_row(isa: str) -> None:
+    logits = torch.zeros(5000)
+    logits[1500] = logits[3000] = 1.0
+    assert native.ops().best(logits) == 1500
+    logits[4999] = 1.5
+    assert native.ops().best(logits) == 4999
+    logits[2100] = torch.nan
+    assert native.ops().best(logits) == -1
 
 
 @pytest.mark.parametrize(
