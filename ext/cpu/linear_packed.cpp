@@ -119,17 +119,16 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
   for (int64_t row0 = 0; row0 < rows; row0 += kRowsAtOnce) {
     const int64_t here = rows - row0 < kRowsAtOnce ? rows - row0 : kRowsAtOnce;
     const auto quantize = [&](int64_t first, int64_t last) {
-      for (int i = 0; i < inputs; ++i) {
-        const QuantizedRows& to = fresh[i]->input;
-        const Packed& w = fresh[i]->product.w;
-        for (int64_t r = first; r < last; ++r) {
-          uint8_t* row = to.data + r * to.stride;
-          kernels.quantize(w, x + (row0 + r) * w.header->inputs, residual, row,
-                           reinterpret_cast<InputSpan*>(row + to.spans_at));
-        }
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t r = task / inputs;
+        const QuantizedRows& to = fresh[task % inputs]->input;
+        const Packed& w = fresh[task % inputs]->product.w;
+        uint8_t* row = to.data + r * to.stride;
+        kernels.quantize(w, x + (row0 + r) * w.header->inputs, residual, row,
+                         reinterpret_cast<InputSpan*>(row + to.spans_at));
       }
     };
-    parallel_for(here, quantize, 4);
+    parallel_for(here * inputs, quantize);  // a row takes longer than a region of threads that are awake
     if (here % 16 != 0) {
       for (int i = 0; i < inputs; ++i) {
         const QuantizedRows& to = fresh[i]->input;
