@@ -20,14 +20,16 @@ from exl_runtime.model.step import NativeStep
 from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import native
 from exl_runtime.runtime import Runtime
+from exl_runtime.sampling.params import SamplingParams
 from exl_runtime.sampling.sampler import Sampler
 from exl_runtime.tokenizer.detokenizer import Detokenizer
 
 from ..tables import Table, left, right
-from .contestant import GREEDY
 from .spread import short
 from .traffic import Traffic
 
+GREEDY = SamplingParams(temperature=0.0)  # not ignoring the end: that draws by another, slower path
+ATTEMPTS = 8
 PRODUCTS = ("project", "out", "mlp", "head")  # phases of the native pass that multiply; `attend` reads the cache
 NATIVE = "native call"  # what of it is no phase: arguments and checks
 PARTS: tuple[tuple[type, str, str], ...] = (
@@ -104,15 +106,22 @@ class Watch:
         counted = self.wrap(run, NATIVE)
 
         def timed(step: NativeStep, plan: Plan, *rest: Any) -> Any:
-            step.program.times(True)
+            self._uncounted(step)
             result = counted(step, plan, *rest)
-            phases = step.program.times(True)
+            phases = self._uncounted(step)
             self.decoding = len(plan.tokens) == len(plan.rope_lengths)
             self.spent[NATIVE] -= sum(phases.values())
             self.phases.append(phases)
             return result
 
         return timed
+
+    def _uncounted(self, step: NativeStep) -> dict[str, float]:
+        """The phases since the last call; asking for them is nobody's time."""
+        started = self._clock()
+        phases = step.program.times(True)
+        self._inside[-1] += self._clock() - started
+        return phases
 
     def step_of(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Generator.step: the end of one is the end of a step."""
@@ -146,13 +155,20 @@ def watching(watch: Watch) -> Iterator[None]:
 
 
 def break_down(runtime: Runtime, prompt: list[int], tokens: int, *, traffic: Traffic, bandwidth: float) -> Breakdown:
-    """Generate `tokens` behind `prompt`, one by one. The model must have a native pass, else ValueError."""
+    """Up to `tokens` steps behind `prompt`. ValueError if the model has no native pass."""
     runtime.generate(prompt, max_tokens=4, sampling=GREEDY, speculate="off")
-    watch = Watch()
-    with watching(watch):
-        runtime.generate(prompt, max_tokens=tokens + 2, sampling=GREEDY, speculate="off")
-    # The first takes the prompt in, the last ends the request.
-    steps, phases = watch.steps[1:-1], watch.phases[1:-1]
+    steps: list[dict[str, float]] = []
+    phases: list[dict[str, float]] = []
+    for cut in range(min(ATTEMPTS, len(prompt))):  # a reply may end early; another prompt makes another one
+        watch = Watch()
+        with watching(watch):
+            most = tokens + 2 - len(steps)
+            runtime.generate(prompt[: len(prompt) - cut], max_tokens=most, sampling=GREEDY, speculate="off")
+        # The first takes the prompt in, the last ends the request.
+        steps += watch.steps[1:-1]
+        phases += watch.phases[1:-1]
+        if len(steps) >= tokens:
+            break
     if not steps:
         raise ValueError("no step ran in the native pass")
     return Breakdown(
