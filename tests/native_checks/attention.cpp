@@ -112,7 +112,7 @@ struct Pages {
 };
 
 void check_case(const check::Ways& ways, const std::string& name, const Case& c, Random& random) {
-  check::what() = name;
+  check::begin(name);
   const int64_t sequences = int64_t(c.sequences.size());
   int64_t pages = 1, table_width = 1;  // one page is nobody's
   for (const Sequence& s : c.sequences) {

@@ -3,7 +3,7 @@
 //
 //   argument "threads"   only what shows whether threads disturb each other: one instruction set, few shapes
 //
-// The first comparison that fails is printed and ends the program with exit code 1.
+// Every case is named before it runs. The first comparison that fails is printed and ends the program with exit code 1.
 #pragma once
 
 #include <sys/mman.h>
@@ -35,9 +35,16 @@ inline std::string& what() {  // the case under way, for messages
   return text;
 }
 
+// Printed as well: the last line tells where a program died.
+inline void begin(const std::string& name) {
+  what() = name;
+  std::printf("%s\n", name.c_str());
+  std::fflush(stdout);
+}
+
 template <class... Args>
 [[noreturn]] void fail(const char* format, Args... args) {
-  std::printf("%s: ", what().c_str());
+  std::printf("wrong: %s: ", what().c_str());
   std::printf(format, args...);
   std::printf("\n");
   std::exit(1);

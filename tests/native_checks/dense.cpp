@@ -14,8 +14,8 @@ struct Case {
 };
 
 void check_case(const check::Ways& ways, const Case& c, Dtype dtype, Random& random) {
-  check::what() = "K " + std::to_string(c.inputs) + ", N " + std::to_string(c.outputs) + ", " +
-                  std::to_string(element_bytes(dtype)) + " bytes, dtype " + std::to_string(int(dtype));
+  check::begin("K " + std::to_string(c.inputs) + ", N " + std::to_string(c.outputs) + ", " +
+                  std::to_string(element_bytes(dtype)) + " bytes, dtype " + std::to_string(int(dtype)));
   Buffer<uint8_t> weight(c.outputs * c.inputs * element_bytes(dtype));
   std::vector<double> w(size_t(c.outputs * c.inputs));
   for (size_t i = 0; i < w.size(); ++i) {

@@ -158,8 +158,8 @@ int main(int argc, char** argv) {
   const check::Ways ways(argc, argv);
   Random random(5);
   const auto all = [&](int64_t rows, int64_t columns, int bits, int64_t candidates) {
-    check::what() = std::to_string(rows) + " x " + std::to_string(columns) + ", " + std::to_string(bits) + " bits, " +
-                    std::to_string(candidates) + " candidates";
+    check::begin(std::to_string(rows) + " x " + std::to_string(columns) + ", " + std::to_string(bits) + " bits, " +
+                    std::to_string(candidates) + " candidates");
     Problem p(rows, columns, bits, candidates, random);
     check_search(ways, p, candidates);
     check_feedback(ways, p, candidates);

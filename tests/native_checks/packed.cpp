@@ -68,6 +68,7 @@ struct Matrix {
 
   void pack() {
     // All that the packer reads ends at a guard page.
+    if (packed.size() == 0) check::begin("packing " + std::to_string(inputs) + " x " + std::to_string(outputs));
     const auto w = check::guarded(words), o = check::guarded(order), r = check::guarded(rows);
     const auto sw = check::guarded(scale_words);
     const auto t = check::guarded(tables);
@@ -259,7 +260,7 @@ Buffer<float> multiply(const Matrix& m, const float* x, int64_t rows, int64_t re
 
 // Every batch gives a row the same bits; so do all instruction sets.
 void check_matrix(const check::Ways& ways, const std::string& name, Matrix m, int64_t most_rows, Random& random) {
-  check::what() = name;
+  check::begin(name);
   const Buffer<float> x = inputs(most_rows, m.inputs, random);
   const Oracle exact(m, x.data(), most_rows, true), plain(m, x.data(), most_rows, false);
   Buffer<float> first[2] = {Buffer<float>(0), Buffer<float>(0)};
@@ -284,7 +285,7 @@ void check_matrix(const check::Ways& ways, const std::string& name, Matrix m, in
 
 // Matrices of one input in one call.
 void check_together(const check::Ways& ways, std::vector<Matrix>& matrices, int64_t rows, Random& random) {
-  check::what() = std::to_string(matrices.size()) + " matrices together, " + std::to_string(rows) + " rows";
+  check::begin(std::to_string(matrices.size()) + " matrices together, " + std::to_string(rows) + " rows");
   const Buffer<float> x = inputs(rows, matrices[0].inputs, random);
   ways.each([&](int) {
     std::vector<Buffer<float>> together;

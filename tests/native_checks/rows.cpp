@@ -23,7 +23,7 @@ Buffer<uint8_t> numbers(int64_t count, Dtype dtype, Random& random) {
 }
 
 void check_norm(const check::Ways& ways, int64_t rows, int64_t cols, Dtype dtype, Random& random) {
-  check::what() = "rms_norm, " + std::to_string(rows) + " x " + std::to_string(cols);
+  check::begin("rms_norm, " + std::to_string(rows) + " x " + std::to_string(cols));
   const Buffer<uint8_t> x = numbers(rows * cols, dtype, random);
   Buffer<float> weight(cols);
   fill_normal(weight, random);
@@ -64,8 +64,8 @@ double activated(double x, Activation activation) {
 
 void check_gated(const check::Ways& ways, int64_t rows, int64_t cols, bool fused, Dtype dtype, Random& random) {
   for (const auto activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
-    check::what() = "gated " + std::to_string(int(activation)) + ", " + std::to_string(rows) + " x " +
-                    std::to_string(cols) + ", dtype " + std::to_string(int(dtype));
+    check::begin("gated " + std::to_string(int(activation)) + ", " + std::to_string(rows) + " x " +
+                    std::to_string(cols) + ", dtype " + std::to_string(int(dtype)));
     const int64_t stride = fused ? 2 * cols : cols, bytes = element_bytes(dtype);
     const Buffer<uint8_t> both = numbers(2 * rows * cols, dtype, random);
     const uint8_t *gate = both.data(), *up = both.data() + (fused ? cols : rows * cols) * bytes;
@@ -87,8 +87,8 @@ void check_gated(const check::Ways& ways, int64_t rows, int64_t cols, bool fused
 
 void check_rope(const check::Ways& ways, int64_t tokens, int64_t heads, int64_t head_dim, int64_t rotary, Dtype dtype,
                 Random& random) {
-  check::what() = "rope, " + std::to_string(tokens) + " x " + std::to_string(heads) + " x " + std::to_string(head_dim) +
-                  ", rotary " + std::to_string(rotary) + ", dtype " + std::to_string(int(dtype));
+  check::begin("rope, " + std::to_string(tokens) + " x " + std::to_string(heads) + " x " + std::to_string(head_dim) +
+                  ", rotary " + std::to_string(rotary) + ", dtype " + std::to_string(int(dtype)));
   const int64_t half = rotary / 2, gap = 3, stride = heads * head_dim + gap;
   const int64_t count = tokens == 0 ? 0 : tokens * stride - gap;  // nothing behind the last token
   const Buffer<uint8_t> before = numbers(count, dtype, random);
@@ -120,7 +120,7 @@ void check_rope(const check::Ways& ways, int64_t tokens, int64_t heads, int64_t 
 void check_append(const check::Ways& ways, int64_t tokens, int64_t width, Random& random) {
   for (const Dtype from : check::kDtypes) {
     for (const Dtype to : check::kDtypes) {
-      check::what() = "append " + std::to_string(tokens) + " x " + std::to_string(width);
+      check::begin("append " + std::to_string(tokens) + " x " + std::to_string(width));
       const int64_t gap = 5, stride = width + gap, slot_count = tokens + 3;
       const Buffer<uint8_t> x = numbers(tokens == 0 ? 0 : tokens * stride - gap, from, random);
       std::vector<int64_t> free;
@@ -149,7 +149,7 @@ void check_append(const check::Ways& ways, int64_t tokens, int64_t width, Random
 }
 
 void check_sample(const check::Ways& ways, int64_t count, Random& random) {
-  check::what() = "sample, " + std::to_string(count);
+  check::begin("sample, " + std::to_string(count));
   Buffer<float> logits(count);
   fill_normal(logits, random, 4.0f);
   for (int64_t i = 0; i < count; i += 7) logits[i] = -INFINITY;
