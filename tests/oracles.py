@@ -21,7 +21,8 @@ def assert_as_good_as(
     assert worst(actual) <= bound, f"max error {worst(actual):.3g} > {bound:.3g}"  # NaN fails too
 
 
-INPUT_ROUNDING = 2.3e-5  # of a product: an input's error is uniform over the span's largest / 32512, 2.6 / sqrt(12) of it
+# Of a product, relative: errors of inputs are uniform over their span's largest / 32512. That is 2.6 / sqrt(12) of it.
+INPUT_ROUNDING = 2.3e-5
 
 
 def assert_inputs_rounded(actual: Tensor, oracle: Tensor, products: int) -> None:
