@@ -1,5 +1,6 @@
 """Any matrix, packed and read back from the drawing of the layout alone; and its product within the stated bound."""
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -136,8 +137,22 @@ def check_product(packed: torch.Tensor, spans: list[tuple[int, int, int]], expec
             if len(rows):
                 error[:, rows] = np.abs(x[:, rows]).max(1, keepdims=True) / step
         rounding = (len(spans) + 4) * 2.0**-24 * ((np.abs(x) + error) @ np.abs(weights))
-        got = native.ops().linear_packed(torch.from_numpy(x), packed, int(residual)).numpy()
-        assert (np.abs(got - wanted) <= error @ np.abs(weights) + rounding + 1e-44).all()
+        for got in on_every_instruction_set(torch.from_numpy(x), packed, residual):
+            assert (np.abs(got.numpy() - wanted) <= error @ np.abs(weights) + rounding + 1e-44).all()
+
+
+def on_every_instruction_set(x: torch.Tensor, packed: torch.Tensor, residual: int) -> list[torch.Tensor]:
+    """The product by every kernel this CPU can run."""
+    results = []
+    try:
+        for name in ("portable", "avx2", "avx512"):
+            with contextlib.suppress(RuntimeError):  # not on this CPU
+                native.ops().set_isa(name)
+                results.append(native.ops().linear_packed(x, packed, int(residual)))
+    finally:
+        native.ops().set_isa("best")
+    assert results
+    return results
 
 
 @settings(max_examples=40, deadline=None)
