@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from exl_runtime.formats.base import QuantFormat
 from exl_runtime.formats.bits import pack_columns, pack_rows
+from exl_runtime.formats.exl2 import Exl2
+from exl_runtime.formats.gptq import Gptq
 
 
 def exl2_tensors(
@@ -53,3 +56,17 @@ def gptq_tensors(
 def dense_tensors(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> dict[str, Tensor]:
     """A dense matrix."""
     return {"weight": torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)}
+
+
+def unrounded(w: QuantFormat, rounded: Tensor | None = None) -> Tensor:
+    """float64 (K, N): (code - zero) * scale without the rounding to half of `dequantize`, from which it is computed."""
+    rounded = (w.dequantize() if rounded is None else rounded).double()
+    if isinstance(w, Exl2):
+        stored = torch.repeat_interleave(torch.tensor([group.rows for group in w.groups]))
+        groups = torch.empty_like(stored)
+        groups[stored.new_tensor(range(len(stored))) if w.perm is None else w.perm.long()] = stored
+        scales = w.scales()[groups, : rounded.shape[1]].double()
+    else:
+        assert isinstance(w, Gptq)
+        scales = w.scales[w.row_group.long()].double()
+    return torch.where(scales == 0, 0.0, (rounded / scales).round() * scales)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from breaking import edit_json
 from driving import open_model, run
+from oracles import INPUT_ROUNDING
 from quantize import exl2, quantize_folder
 from safetensors.torch import load_file, save_file
 from tiny import by_name, logits_of, model_of, write
@@ -174,17 +175,19 @@ def test_exl2_of_a_tied_model_uses_its_own_head(backend: str, root: Path, tmp_pa
     values = {}
 
     def with_head(tensors: Tensors) -> None:
-        head, values["head"] = exl2(tensors["model.embed_tokens.weight"].float().numpy().T, [(6, 32), (5, 32)], 3)
+        table = tensors["model.embed_tokens.weight"].float().numpy().T
+        head, values["head"] = exl2(table, [(6, 32), (5, 32)], 3, rounded=backend != "cpu")
         tensors.update({f"lm_head.{suffix}": tensor for suffix, tensor in head.items()})
 
     def dense_head(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = torch.from_numpy(values["head"].T.copy())
 
     ours = run(open_model(copy(source, tmp_path / "a", with_head), backend), IDS, [])
-    wanted = logits(copy(source, tmp_path / "b", dense_head))
-    # The packed kernels do not round the product of code and scale to half: up to 2^-11 of a weight.
-    close = {"reference": 1e-4, "cpu": 5e-3}[backend]
-    torch.testing.assert_close(ours, wanted, rtol=close, atol=close)
+    # On one backend the layers below are the same, to the bit. A packed head rounds its inputs (`oracles.py`); no logit
+    # should be off by more than 6 standard deviations of that, and the softcap makes none larger.
+    wanted = run(open_model(copy(source, tmp_path / "b", dense_head), backend), IDS, [])
+    close = {"reference": 0.0, "cpu": 6 * INPUT_ROUNDING}[backend]
+    assert float((ours - wanted).abs().max()) <= close * float(wanted.square().mean().sqrt())
     assert (ours - logits(source)).abs().max() > 1e-1  # the two heads differ
 
 

@@ -38,12 +38,18 @@ def test_fewer_bits_lose_more_and_eight_lose_next_to_nothing(original: bool, emb
     assert kls["fp16"] < 1e-6 and 0 < kls["q8"] < 3e-4 and kls["q6"] < 3e-3 and kls["q4"] < 0.05
 
 
-@pytest.mark.parametrize("name", ["q8", "k6v4"])
-def test_both_backends_hold_the_same_cache(name: str, backend: str) -> None:
-    """Weights that are not rounded to half move a few codes across a rounding boundary: a part of what coding costs."""
+@pytest.mark.parametrize(("name", "share"), [("q8", 0.5), ("k6v4", 0.2)])
+def test_both_backends_hold_the_same_cache(name: str, share: float, backend: str) -> None:
+    """Weights that are not rounded to half move a few codes across a rounding boundary: a part of what coding costs.
+
+    Caches whose codes had nothing to do with each other would be 2 x that cost apart. A key that is off by d of a step
+    moves its code with probability d, which adds 12 d to the 1 of an error that is uniform over a step. In the first
+    layer keys are off by 3e-4: d is about 0.015 with 8 bits, 0.001 to 0.004 with 4 to 6; the codes that move there move
+    others in the layers above. Measured: 0.32 and 0.10 of the cost.
+    """
     exact = log_probabilities("demo", name, "reference")
     cost = divergence(log_probabilities("demo", "fp32", "reference"), exact)
-    assert divergence(exact, log_probabilities("demo", name, backend)) < max(2e-4, 0.2 * cost)
+    assert divergence(exact, log_probabilities("demo", name, backend)) < share * cost
 
 
 @pytest.mark.parametrize("name", ["q8", "q6", "q4", "k6v4", "k2v7"])

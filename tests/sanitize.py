@@ -1,0 +1,162 @@
+"""Builds the programs of tests/native_checks with all CPU kernels under a sanitizer of the compiler.
+
+A sanitizer must be in a process from its start, so it cannot look at a library that Python loads. Objects are kept in
+the cache of built libraries by their content: a changed kernel is compiled again, the others are not.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ext.build import Settings
+from ext.plan import ISA_FLAGS, isa_of
+from ext.toolchain import Compiler, find_compiler, is_x86_64, parallel_jobs
+
+CHECKS = Path(__file__).resolve().parent / "native_checks"
+KEEP_DAYS = 14
+# -O1 keeps the kernels fast enough; contraction is off as in the real build, or products would have other bits.
+BASE = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-Wno-psabi", "-fno-omit-frame-pointer")
+
+
+@dataclass(frozen=True, slots=True)
+class Sanitizer:
+    """`flags` are for all files. `light` are added where an instruction set makes files slow to compile: checks that
+    vectors passed by reference would need at every step, and that no program here depends on."""
+
+    name: str
+    flags: tuple[str, ...]
+    light: tuple[str, ...]
+    options: dict[str, str]
+
+
+ADDRESS = Sanitizer(
+    "address",
+    ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize-address-use-after-scope"),
+    ("-fno-sanitize=null,alignment,object-size",),
+    {"ASAN_OPTIONS": "abort_on_error=0:detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+)
+THREAD = Sanitizer("thread", ("-fsanitize=thread",), (), {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0"})
+
+
+class Unavailable(Exception):
+    """Why a sanitizer cannot be used here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where programs are built, and how they are started."""
+
+    compiler: Compiler
+    sanitizer: Sanitizer
+    folder: Path
+    prefix: tuple[str, ...] = ()
+
+    def build(self, source: Path) -> Path:
+        """The program made of one file with a main function and all kernels."""
+        kernels = [f for f in sorted((ROOT / "cpu").glob("*.cpp")) if is_x86_64() or isa_of(f) is None]
+        objects = self._compile([source, *kernels])
+        target = self.folder / f"{source.stem}-{_digest([o.name.encode() for o in objects])}"
+        self._run([*self.sanitizer.flags, "-pthread", *map(str, objects)], target)
+        return target
+
+    def start(self, program: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run a program to its end."""
+        return subprocess.run(
+            [*self.prefix, str(program), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+            check=False,
+            env={**os.environ, **self.sanitizer.options},
+        )
+
+    def _compile(self, sources: list[Path]) -> list[Path]:
+        """Objects of the sources; the slowest first, or the last one would run alone."""
+        work = {source: self._object(source) for source in sources}
+        slow = sorted(work, key=lambda source: (isa_of(source) is None, -source.stat().st_size))
+        with ThreadPoolExecutor(parallel_jobs()) as pool:
+            list(pool.map(lambda source: self._run(self._flags(source), work[source]), slow))
+        return [work[source] for source in sources]
+
+    def _flags(self, source: Path) -> list[str]:
+        isa = isa_of(source)
+        light = self.sanitizer.light if isa else ()
+        here = (f"-I{ROOT}", f"-I{CHECKS}", f"-DEXL_X86_ISA={int(is_x86_64())}")
+        return [*BASE, *self.sanitizer.flags, *light, *ISA_FLAGS.get(isa or "", ()), *here, "-c", str(source)]
+
+    def _object(self, source: Path) -> Path:
+        content = [file.read_bytes() for file in sorted(_closure(source, set()))]
+        flags = " ".join(flag for flag in self._flags(source) if not flag.startswith(("-I", "/")))
+        return self.folder / f"{source.stem}-{_digest([self.compiler.identity.encode(), flags.encode(), *content])}.o"
+
+    def _run(self, arguments: list[str], target: Path) -> None:
+        """Call the compiler, unless it made `target` before; a file is whole or absent."""
+        if target.exists():
+            os.utime(target)
+            return
+        beside = target.with_name(f"{target.name}.{os.getpid()}")
+        command = [self.compiler.path, *arguments, "-o", str(beside)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+ROOT = Settings().root
+
+
+def open_bench(sanitizer: Sanitizer) -> Bench:
+    """Raises Unavailable, saying what is missing: the compiler's part of a sanitizer, or what it asks of the system."""
+    settings = Settings.from_environment()
+    compiler = find_compiler(settings.compiler)
+    folder = settings.open_cache() / "sanitized"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if time.time() - old.stat().st_mtime > KEEP_DAYS * 86400:
+            old.unlink(missing_ok=True)
+    source = folder / "probe.cpp"
+    source.write_text("int main() { return 0; }\n", encoding="utf-8")
+    program = folder / f"probe-{sanitizer.name}-{_digest([compiler.identity.encode()])}"
+    bench = Bench(compiler, sanitizer, folder)
+    try:
+        bench._run([*sanitizer.flags, str(source)], program)
+    except RuntimeError as err:
+        raise Unavailable(f"{compiler.path} has no {sanitizer.name} sanitizer: {str(err).splitlines()[-1]}") from err
+    # With many random bits in addresses some thread sanitizers find their own memory taken.
+    for prefix in ((), ("setarch", "-R")):
+        bench = Bench(compiler, sanitizer, folder, prefix)
+        try:
+            done = bench.start(program)
+        except FileNotFoundError:
+            continue
+        if done.returncode == 0:
+            return bench
+    reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+    raise Unavailable(f"programs with the {sanitizer.name} sanitizer do not start here: {reason}")
+
+
+def _closure(source: Path, seen: set[Path]) -> set[Path]:
+    """The source and our own headers below it."""
+    if source not in seen and source.is_file():
+        seen.add(source)
+        for name in re.findall(r'^#include "([^"]+)"', source.read_text(encoding="utf-8"), re.MULTILINE):
+            for folder in (source.parent, ROOT):
+                _closure(Path(os.path.normpath(folder / name)), seen)
+    return seen
+
+
+def _digest(parts: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}\0".encode())
+        digest.update(part)
+    return digest.hexdigest()[:20]
