@@ -48,7 +48,7 @@ def find_nvcc(
 ) -> Nvcc:
     """The first nvcc whose major version is that of `torch_cuda` ("13.0", what torch was built for).
 
-    `memo`, a JSON file, keeps the answers of compilers already asked. Raises BackendUnavailable, saying what to install.
+    `memo`, a JSON file, keeps the answers of compilers asked before. Raises BackendUnavailable, saying what to install.
     """
     wanted = int(torch_cuda.split(".")[0])
     install = (
