@@ -4,11 +4,13 @@ Objects and programs are kept in the build cache under a name made of everything
 run of the tests builds nothing.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,7 @@ def program(driver: Path, mode: str, *, kernels: tuple[Path, ...] | None = None)
         pytest.skip(str(err))
     cache = Settings.from_environment().open_cache() / "emulated" / "programs"
     cache.mkdir(parents=True, exist_ok=True)
+    _sweep(cache)
     flags = (*COMMON, *MODES[mode])
     objects = [_object(compiler, cache, file, (*COMMON, "-O2", "-Wall", "-Wextra")) for file in RUNTIME]
     for source in (driver, *(_kernels_of(driver) if kernels is None else kernels)):
@@ -66,6 +69,14 @@ def run(target: Path, *arguments: str, timeout: float = 240.0) -> "subprocess.Co
         timeout=timeout,
         env={**os.environ, **ENVIRONMENT},
     )
+
+
+def _sweep(folder: Path, days: float = 10.0) -> None:
+    """Remove what sources of long ago left."""
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if file.is_file() and time.time() - file.stat().st_mtime > days * 86400:
+                file.unlink()
 
 
 def _kernels_of(driver: Path) -> tuple[Path, ...]:

@@ -113,6 +113,21 @@ def test_ldmatrix(golden: Vectors, name: str, count: int, trans: bool) -> None:
         assert not got[lane, count:].any()
 
 
+def test_movmatrix(golden: Vectors) -> None:
+    words, _ = inputs()
+    matrix = words[:32].view(np.uint16).reshape(8, 8)  # lane (g, t) holds elements 2t, 2t+1 of row g
+    got = np.ascontiguousarray(golden["movmatrix_trans"][:, 0]).view(np.uint16)
+    assert np.array_equal(got.reshape(8, 8), matrix.T)
+
+
+def test_barriers_and_atomics(golden: Vectors) -> None:
+    words, _ = inputs()
+    x, y = words[:32], words[32:64]
+    got = golden["barrier_atomics"]
+    assert (got[:, 0] == (x & 1).sum()).all() and (got[:, 1] == 0 + 2 + 4).all()
+    assert (got[:, 2] == (x & 255).sum()).all() and (got[:, 3] == (y & 0xFFFF).max() + (4 << 16)).all()
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["", "_zfill", "_hint"])
 def test_cp_async(golden: Vectors, size: int, kind: str) -> None:
