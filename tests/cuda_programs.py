@@ -26,6 +26,7 @@ RUNTIME = tuple(EXT / "emulation" / f"cuda_{part}.cpp" for part in ("host", "syn
 COMMON = ("-std=c++17", "-ffp-contract=off", "-g1", "-Wno-unknown-pragmas")
 MODES = {
     "plain": ("-O1",),
+    "portable": ("-O1", "-DEXL_EMU_UCONTEXT"),  # how fibers switch on machines other than x86-64
     "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     "tsan": ("-O1", "-fsanitize=thread"),
 }
@@ -49,7 +50,8 @@ def program(driver: Path, mode: str, *, kernels: tuple[Path, ...] | None = None)
     cache.mkdir(parents=True, exist_ok=True)
     _sweep(cache)
     flags = (*COMMON, *MODES[mode])
-    objects = [_object(compiler, cache, file, (*COMMON, "-O2", "-Wall", "-Wextra")) for file in RUNTIME]
+    runtime = (*COMMON, "-O2", "-Wall", "-Wextra", *(flag for flag in MODES[mode] if flag.startswith("-D")))
+    objects = [_object(compiler, cache, file, runtime) for file in RUNTIME]
     for source in (driver, *(_kernels_of(driver) if kernels is None else kernels)):
         objects.append(_object(compiler, cache, source, flags))
     name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:20]
