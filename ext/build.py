@@ -101,9 +101,9 @@ MakeRecipe = Callable[[Settings], Recipe]
 def build(
     settings: Settings, progress: Progress | None = None, *, again: bool = False, make: MakeRecipe = recipe_for
 ) -> Built:
-    """The library for these settings, built now unless a whole one is cached. `again` builds in any case.
+    """The library that `make` describes, built now unless a whole one is cached. `again` builds in any case.
 
-    `make` says which library. Raises BackendUnavailable (no compiler, no ninja, switched off) or BuildError (it did not compile, time is up).
+    Raises BackendUnavailable (no compiler, no ninja, switched off) or BuildError (it did not compile, time is up).
     """
     return _build(settings, progress, again, time.monotonic() + settings.timeout, make)
 
