@@ -6,6 +6,8 @@ import torch
 
 from exl_runtime.ops import kv_quant
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Case:
@@ -20,7 +22,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     page: int = 32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(len(self.sequences) + self.head_dim)
