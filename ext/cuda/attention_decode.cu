@@ -36,10 +36,9 @@ DecodePlan decode_plan(const CudaAttention& a) {
 }  // namespace
 
 bool attention_head_dim(int64_t head_dim) {
-  for (int64_t known : {16, 32, 64, 80, 96, 128, 256}) {
-    if (head_dim == known) return true;
-  }
-  return false;
+#define EXL_DIM(dim) || head_dim == dim
+  return false EXL_ATTENTION_DIMS(EXL_DIM);
+#undef EXL_DIM
 }
 
 DecodeWorkspace decode_workspace(const CudaAttention& a) {
