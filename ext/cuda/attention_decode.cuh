@@ -1,9 +1,9 @@
 // The kernel behind attention_decode_cuda: flash decoding over pages. Instantiated by attention_decode_*.cu.
 //
 // A block of 4 warps does up to kColumns columns of one sequence and key/value head over one chunk of keys. Each warp
-// streams its own keys, 16 at a time, through its own ring in shared memory, keys and values in turn. Scores transposed:
-// keys are the rows (m16) of the matrix product, queries the columns (n8), so that a single query wastes nothing but
-// columns. The last block of a row of chunks to arrive merges them in order.
+// streams its own keys, 16 at a time, through its own ring in shared memory, keys and values in turn. Keys are the rows
+// (m16) of the matrix products and queries the columns (n8), so that a single query wastes nothing but columns. The last
+// block of a row of chunks to arrive merges them in order.
 #pragma once
 
 #include "attention_codes.cuh"

@@ -11,7 +11,7 @@ void attention_decode_floats(const CudaAttention& args, bool wide, dim3 grid, cu
 void attention_decode_codes(const CudaAttention& args, bool wide, dim3 grid, cudaStream_t stream);
 
 // Tiles of 8 columns of the wide kernel: as many as the registers hold the sums of.
-constexpr int wide_tiles(int head_dim) { return head_dim <= 128 ? 4 : 2; }
+constexpr int wide_tiles(int head_dim) { return head_dim < 128 ? 4 : 2; }
 
 namespace {
 

@@ -36,8 +36,10 @@ __device__ inline void take_scores(const float (&scores)[kTiles][4], DecodeState
     }
     const float top0 = state.most[n][0] == -INFINITY ? 0.0f : state.most[n][0];
     const float top1 = state.most[n][1] == -INFINITY ? 0.0f : state.most[n][1];
-    const __half2 low = __floats2half2_rn(ptx::exp2_approx(scores[n][0] - top0), ptx::exp2_approx(scores[n][1] - top1));
-    const __half2 high = __floats2half2_rn(ptx::exp2_approx(scores[n][2] - top0), ptx::exp2_approx(scores[n][3] - top1));
+    float w[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) w[r] = ptx::exp2_approx(scores[n][r] - (r % 2 == 0 ? top0 : top1));
+    const __half2 low = __floats2half2_rn(w[0], w[1]), high = __floats2half2_rn(w[2], w[3]);
     // The sum is of the rounded weights: then the result is an exact mean of the values, whatever the rounding.
     state.sum[n][0] = fmaf(state.sum[n][0], keep[0], __low2float(low) + __low2float(high));
     state.sum[n][1] = fmaf(state.sum[n][1], keep[1], __high2float(low) + __high2float(high));
@@ -133,8 +135,8 @@ constexpr int kPartFloats = 8 * kTiles * (kDim + 2);
 
 // grid (kv_heads, chunks, blocks of columns), 128 threads
 template <int kDim, bool kCodes, int kTiles>
-__global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAttention a, const DecodeLayout layout,
-                                                                   const float scale) {
+__global__ void __launch_bounds__(32 * kDecodeWarps, 1)
+    decode_kernel(const CudaAttention a, const DecodeLayout layout, const float scale) {
   constexpr int kColumns = 8 * kTiles, kThreads = 32 * kDecodeWarps, kRing = kSlots<kDim, kCodes>;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int kv_head = blockIdx.x;
@@ -241,8 +243,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAtt
       mix_floats<kDim, kTiles>(slot, layout.value_stride, a.kind == PageKind::bfloat16, weights, lane, state.mixed);
     }
   }
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // from here on the sums take the place of the rings
+  ptx::cp_async_wait<0>();  // the sums take the place of the rings, behind the first barrier of merge_warps
   merge_warps<kDim, kTiles>(state, sums, most, sum);
   if (chunks == 1) {
     write_out<kDim, kCodes, kTiles>(a, block, kv_head, sums, sum[0]);

@@ -1,5 +1,5 @@
-// Rotating and storing: every width of codes and odd sizes of heads in buffers of the exact size. The values are compared
-// with the reference in ../test_kv_append.py; here an independent check that codes stand for what was stored.
+// Rotating and storing: every width of codes and odd sizes of heads, in buffers of the exact size. test_kv_append.py
+// compares all values with the reference; here is an independent check that codes stand for what was stored.
 // kernels: kv_append.cu
 #include "../../../ext/cuda/kv_append.h"
 
