@@ -113,6 +113,15 @@ def test_ldmatrix(golden: Vectors, name: str, count: int, trans: bool) -> None:
         assert not got[lane, count:].any()
 
 
+def test_movmatrix(golden: Vectors) -> None:
+    words, _ = inputs()
+    for which in range(2):
+        matrix = words[32 * which : 32 * which + 32].view(np.uint16).reshape(8, 8)  # lane (g, t): row g, columns 2t..
+        turned = np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint32)
+        assert np.array_equal(golden["movmatrix_trans"][:, which], turned)
+    assert not golden["movmatrix_trans"][:, 2:].any()
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["", "_zfill", "_hint"])
 def test_cp_async(golden: Vectors, size: int, kind: str) -> None:

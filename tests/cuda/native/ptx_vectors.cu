@@ -148,6 +148,10 @@ __global__ void call(int what, Inputs inputs, uint32_t* out) {
       r[2] = bits_of(__expf(float(lane - 16) * 0.37f));
       r[3] = bits_of(rsqrtf(float(lane + 1) * 0.37f));
       break;
+    case 24:
+      r[0] = ptx::movmatrix_trans(x);
+      r[1] = ptx::movmatrix_trans(y);
+      break;
     default: break;
   }
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
@@ -158,7 +162,7 @@ const char* const kNames[] = {
     "ldmatrix_x2_trans", "cp_async4",        "cp_async8",        "cp_async16",        "cp_async4_zfill",
     "cp_async8_zfill",  "cp_async16_zfill",  "cp_async16_hint",  "load16_once",       "load16_hint",
     "load8_load4_once", "lop3",              "prmt",             "half2_arithmetic",  "rounding",
-    "shuffle",          "vote_reduce",       "integers",         "approximate",
+    "shuffle",          "vote_reduce",       "integers",         "approximate",       "movmatrix_trans",
 };
 
 #if defined(__CUDACC__)
