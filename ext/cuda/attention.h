@@ -1,9 +1,9 @@
 // Causal attention over the paged key/value cache on CUDA. No torch here.
 //
-//   q            half (tokens, heads, head_dim): the new tokens of all sequences, one after another; 16-byte aligned
+//   q            half (tokens, heads, head_dim): the new tokens of all sequences, one after another
 //   k, v pages   half or bfloat16 (pages, page_size, kv_heads, head_dim); query head h reads head
-//                h / (heads / kv_heads). Or quantized: rows of codes in place of heads, see ../common/kv_rows.h; they are widened in registers
-//                on the way to the tensor cores, never in memory. Start of either: 16-byte aligned
+//                h / (heads / kv_heads). Or quantized: rows of codes in place of heads, see ../common/kv_rows.h; they
+//                are widened on the way to the tensor cores, never in memory. Start of either: 16-byte aligned
 //   q_starts     int32 (sequences + 1): sequence s owns rows q_starts[s] .. q_starts[s + 1] - 1 of q
 //   kv_lengths   int32 (sequences): its keys, the new tokens included; not fewer than its rows
 //   page_table   int32 (sequences, table_width): key j lies in page [j / page_size] at offset j % page_size; only

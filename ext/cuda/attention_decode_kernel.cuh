@@ -149,12 +149,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
   if (int(blockIdx.y) >= chunks) return;
 
   EXL_DYN_SMEM(uint8_t, memory);
-  EXL_SHARED(float, most, [kDecodeWarps][kColumns]);
-  EXL_SHARED(float, sum, [kDecodeWarps][kColumns]);
-  EXL_SHARED(int, last, [1]);
-  const uint2* queries = reinterpret_cast<const uint2*>(memory);
-  uint8_t* ring = memory + kDim * kColumns * 2 + warp * kRing * layout.slot;
-  float* sums = reinterpret_cast<float*>(memory + kDim * kColumns * 2);
+  int* last = reinterpret_cast<int*>(memory);
+  auto most = reinterpret_cast<float (*)[kColumns]>(memory + 16), sum = most + kDecodeWarps;
+  uint8_t* queries = memory + kDecodeHead<kTiles>;
+  uint8_t* rings = queries + kDim * kColumns * 2;
+  uint8_t* ring = rings + warp * kRing * layout.slot;
+  float* sums = reinterpret_cast<float*>(rings);
 
   const int base = (first_chunk + int(blockIdx.y)) * chunk;
   const Pages pages = pages_of(a, block.sequence, kv_head, max(oldest, base), min(newest + 1, base + chunk));
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
   };
   for (int unit = 0; unit < kRing - 1; ++unit) issue(unit);
 
-  stage_queries<kDim, kCodes, kTiles>(a, block, kv_head, reinterpret_cast<__half*>(memory));
+  stage_queries<kDim, kCodes, kTiles>(a, block, kv_head, reinterpret_cast<__half*>(queries));
+  const uint2* fragments = reinterpret_cast<const uint2*>(queries);
   int low[kTiles][2], high[kTiles][2];  // keys that a column sees: [low, high)
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -209,10 +210,10 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
       const uint8_t* row0 = slot_row(slot, layout.key_stride, head, a.kv_heads, layout.key_bytes, g);
       const uint8_t* row8 = slot_row(slot, layout.key_stride, head, a.kv_heads, layout.key_bytes, g + 8);
       with_bits(a.key_bits, [&](auto bits) {
-        score_codes<kDim, kTiles, decltype(bits)::value>(row0, row8, queries, lane, scores);
+        score_codes<kDim, kTiles, decltype(bits)::value>(row0, row8, fragments, lane, scores);
       });
     } else {
-      score_floats<kDim, kTiles>(slot, layout.key_stride, a.kind == PageKind::bfloat16, queries, lane, scores);
+      score_floats<kDim, kTiles>(slot, layout.key_stride, a.kind == PageKind::bfloat16, fragments, lane, scores);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
