@@ -115,9 +115,11 @@ def test_ldmatrix(golden: Vectors, name: str, count: int, trans: bool) -> None:
 
 def test_movmatrix(golden: Vectors) -> None:
     words, _ = inputs()
-    matrix = words[:32].view(np.uint16).reshape(8, 8)  # lane (g, t) holds elements 2t, 2t+1 of row g
-    got = np.ascontiguousarray(golden["movmatrix_trans"][:, 0]).view(np.uint16)
-    assert np.array_equal(got.reshape(8, 8), matrix.T)
+    for which in range(2):
+        matrix = words[32 * which : 32 * which + 32].view(np.uint16).reshape(8, 8)  # lane (g, t): row g, columns 2t..
+        turned = np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint32)
+        assert np.array_equal(golden["movmatrix_trans"][:, which], turned)
+    assert not golden["movmatrix_trans"][:, 2:].any()
 
 
 def test_barriers_and_atomics(golden: Vectors) -> None:

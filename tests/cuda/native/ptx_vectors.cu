@@ -151,6 +151,7 @@ __global__ void call(int what, Inputs inputs, uint32_t* out) {
       break;
     case 24:
       r[0] = ptx::movmatrix_trans(x);
+      r[1] = ptx::movmatrix_trans(y);
       break;
     case 25: {
       EXL_SHARED(int, counters, [3]);
