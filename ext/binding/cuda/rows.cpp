@@ -10,16 +10,20 @@
 namespace exl {
 namespace {
 
+bool rows_beside(const Tensor& t, const Tensor& like) {
+  return is_on_card(t) && t.get_device_index() == like.get_device_index();
+}
+
 Dtype rows_dtype(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   const ScalarType dtype = t.scalar_type();
-  EXL_CHECK(is_float_dtype(dtype) && same_place(t, like) && t.is_contiguous(), "exl_cuda::", op, ": ", name,
+  EXL_CHECK(is_float_dtype(dtype) && rows_beside(t, like) && t.is_contiguous(), "exl_cuda::", op, ": ", name,
             " must be a contiguous Float, Half or BFloat16 tensor on the device of the others, got ", describe(t));
   return dtype == ScalarType::Float ? Dtype::float32 : dtype == ScalarType::Half ? Dtype::float16 : Dtype::bfloat16;
 }
 
 const int32_t* rows_order(const char* op, const std::optional<Tensor>& order, const Tensor& x, int64_t cols) {
   if (!order.has_value()) return nullptr;
-  EXL_CHECK(order->scalar_type() == ScalarType::Int && same_place(*order, x) && order->is_contiguous() &&
+  EXL_CHECK(order->scalar_type() == ScalarType::Int && rows_beside(*order, x) && order->is_contiguous() &&
                 order->dim() == 1 && order->size(0) == cols,
             "exl_cuda::", op, ": order must be Int (", cols, ") on the device of x, got ", describe(*order));
   return order->const_data_ptr<int32_t>();
@@ -33,7 +37,7 @@ int64_t rows_norm_shape(const char* op, const Tensor& x, const Tensor& weight, c
   const int64_t cols = x.size(x.dim() - 1);
   EXL_CHECK(cols <= (1 << 30), "exl_cuda::", op, ": rows of up to 2^30 elements, got ", cols);
   EXL_CHECK(cols == 0 || x.numel() / cols <= INT_MAX, "exl_cuda::", op, ": up to 2^31 - 1 rows, got ", describe(x));
-  EXL_CHECK(weight.scalar_type() == ScalarType::Float && same_place(weight, x) && weight.is_contiguous() &&
+  EXL_CHECK(weight.scalar_type() == ScalarType::Float && rows_beside(weight, x) && weight.is_contiguous() &&
                 weight.dim() == 1 && weight.size(0) == cols,
             "exl_cuda::", op, ": weight must be Float (", cols, ") on the device of x, got ", describe(weight));
   return cols;
@@ -44,10 +48,11 @@ void op_cuda_rms_norm(const Tensor& x, const Tensor& weight, const std::optional
   const Dtype from = rows_dtype("rms_norm", "x", x, x), to = rows_dtype("rms_norm", "y", y, x);
   const int64_t cols = rows_norm_shape("rms_norm", x, weight, y);
   const int32_t* columns = rows_order("rms_norm", order, x, cols);
-  EXL_CHECK(columns == nullptr || x.const_data_ptr() != y.const_data_ptr(),
+  EXL_CHECK(x.numel() == 0 || columns == nullptr || x.const_data_ptr() != y.const_data_ptr(),
             "exl_cuda::rms_norm: y must not be x where columns change places");
+  const OnDevice on(x);
   rms_norm_cuda(x.const_data_ptr(), from, weight.const_data_ptr<float>(), columns, y.mutable_data_ptr(), to,
-                cols == 0 ? 0 : x.numel() / cols, cols, float(eps), float(offset), stream_of(x));
+                cols == 0 ? 0 : x.numel() / cols, cols, float(eps), float(offset), on.stream());
 }
 
 void op_cuda_add_rms_norm(const Tensor& x, const Tensor& delta, const std::optional<Tensor>& scale,
@@ -59,15 +64,16 @@ void op_cuda_add_rms_norm(const Tensor& x, const Tensor& delta, const std::optio
   const int64_t cols = rows_norm_shape(op, x, weight, y);
   rows_norm_shape(op, delta, weight, y);
   const int64_t rows = cols == 0 ? 0 : x.numel() / cols;
-  EXL_CHECK(!scale.has_value() || (scale->scalar_type() == ScalarType::Float && same_place(*scale, x) &&
+  EXL_CHECK(!scale.has_value() || (scale->scalar_type() == ScalarType::Float && rows_beside(*scale, x) &&
                                    scale->is_contiguous() && scale->numel() == rows),
             "exl_cuda::add_rms_norm: scale must be ", rows, " Float elements on the device of x, got ",
             describe(scale.value_or(x)));
-  EXL_CHECK(x.const_data_ptr() != y.const_data_ptr(), "exl_cuda::add_rms_norm: y must not be x");
+  EXL_CHECK(x.numel() == 0 || x.const_data_ptr() != y.const_data_ptr(), "exl_cuda::add_rms_norm: y must not be x");
+  const OnDevice on(x);
   add_rms_norm_cuda(x.mutable_data_ptr<float>(), delta.const_data_ptr(), more,
                     scale.has_value() ? scale->const_data_ptr<float>() : nullptr, weight.const_data_ptr<float>(),
                     rows_order(op, order, x, cols), y.mutable_data_ptr(), to, rows, cols, float(eps), float(offset),
-                    stream_of(x));
+                    on.stream());
 }
 
 GatedActivation rows_activation(std::string_view name) {
@@ -83,7 +89,7 @@ void op_cuda_gated(const Tensor& gate, const Tensor& up, const Tensor& out, cons
                    const std::string& activation) {
   const Dtype dtype = rows_dtype("gated", "out", out, gate);
   const auto fits = [&](const Tensor& t) {
-    return t.scalar_type() == out.scalar_type() && same_place(t, out) && t.dim() == 2 && t.size(0) == out.size(0) &&
+    return t.scalar_type() == out.scalar_type() && rows_beside(t, out) && t.dim() == 2 && t.size(0) == out.size(0) &&
            t.size(1) == out.size(1) && (t.stride(1) == 1 || t.size(1) <= 1) && t.stride(0) >= 0;
   };
   EXL_CHECK(out.dim() == 2 && fits(gate) && fits(up),
@@ -93,30 +99,32 @@ void op_cuda_gated(const Tensor& gate, const Tensor& up, const Tensor& out, cons
   EXL_CHECK(rows <= INT_MAX && cols <= (1 << 30) && (out.numel() >> 8) < INT_MAX,
             "exl_cuda::gated: too large: ", describe(out));
   const GatedActivation which = rows_activation(activation);
+  const OnDevice on(out);
   if (!scale.has_value()) {
     gated_cuda(gate.const_data_ptr(), up.const_data_ptr(), out.mutable_data_ptr(), dtype, rows, cols, gate.stride(0),
-               up.stride(0), which, stream_of(out));
+               up.stride(0), which, on.stream());
     return;
   }
-  EXL_CHECK(scale->scalar_type() == ScalarType::Float && same_place(*scale, out) && scale->is_contiguous() &&
+  EXL_CHECK(scale->scalar_type() == ScalarType::Float && rows_beside(*scale, out) && scale->is_contiguous() &&
                 scale->numel() == rows,
             "exl_cuda::gated: scale must be ", rows, " Float elements on the device of out, got ", describe(*scale));
   gated_scaled_cuda(gate.const_data_ptr(), up.const_data_ptr(), out.mutable_data_ptr(),
                     scale->mutable_data_ptr<float>(), dtype, rows, cols, gate.stride(0), up.stride(0), which,
-                    stream_of(out));
+                    on.stream());
 }
 
 void op_cuda_embed(const Tensor& tokens, const Tensor& table, const Tensor& out, double scale) {
   const Dtype dtype = rows_dtype("embed", "table", table, out);
-  EXL_CHECK(tokens.scalar_type() == ScalarType::Long && same_place(tokens, out) && tokens.is_contiguous() &&
+  EXL_CHECK(tokens.scalar_type() == ScalarType::Long && rows_beside(tokens, out) && tokens.is_contiguous() &&
                 tokens.dim() == 1 && table.dim() == 2,
             "exl_cuda::embed: tokens must be Long (T), table (vocab, hidden), got ", describe(tokens), " and ",
             describe(table));
   EXL_CHECK(rows_dtype("embed", "out", out, out) == Dtype::float32 && out.dim() == 2 &&
                 out.size(0) == tokens.size(0) && out.size(1) == table.size(1),
             "exl_cuda::embed: out must be Float (", tokens.size(0), ", ", table.size(1), "), got ", describe(out));
+  const OnDevice on(out);
   embed_cuda(tokens.const_data_ptr<int64_t>(), table.const_data_ptr(), dtype, out.mutable_data_ptr<float>(),
-             tokens.size(0), table.size(0), table.size(1), float(scale), stream_of(out));
+             tokens.size(0), table.size(0), table.size(1), float(scale), on.stream());
 }
 
 }  // namespace

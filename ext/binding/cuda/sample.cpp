@@ -9,7 +9,7 @@ namespace {
 
 void sample_check(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape,
                   const Tensor& like) {
-  EXL_CHECK(t.scalar_type() == dtype && same_place(t, like) && t.is_contiguous(), "exl_cuda::sample: ", name,
+  EXL_CHECK(t.scalar_type() == dtype && is_on_card(t) && t.get_device_index() == like.get_device_index() && t.is_contiguous(), "exl_cuda::sample: ", name,
             " must be a contiguous ", torch::headeronly::toString(dtype), " tensor beside the logits, got ",
             describe(t));
   check_shape("sample", name, t, shape);
@@ -39,12 +39,13 @@ void op_cuda_sample(const Tensor& logits, const Tensor& slots, const Tensor& rea
     EXL_CHECK(weights->size(0) >= rows, "exl_cuda::sample: weights for ", rows, " rows, got ", describe(*weights));
     heavy = reinterpret_cast<uint64_t*>(weights->mutable_data_ptr<int64_t>());
   }
+  const OnDevice on(logits);
   const SampleState state{reals.const_data_ptr<double>(),    wholes.mutable_data_ptr<int64_t>(),
                           bias.const_data_ptr<float>(),      counts.mutable_data_ptr<int32_t>(),
                           history.mutable_data_ptr<int32_t>(), history.size(1)};
   sample_cuda(logits.const_data_ptr<float>(), slots.const_data_ptr<int32_t>(), state, x.mutable_data_ptr<float>(),
               heavy, reinterpret_cast<uint64_t*>(work.mutable_data_ptr<int64_t>()), out.mutable_data_ptr<int64_t>(),
-              rows, vocab, draws, heavy != nullptr, stream_of(logits));
+              rows, vocab, draws, heavy != nullptr, on.stream());
 }
 
 void op_cuda_advance(const Tensor& drawn, const Tensor& tokens, const Tensor& positions, const Tensor& slots,
@@ -57,10 +58,11 @@ void op_cuda_advance(const Tensor& drawn, const Tensor& tokens, const Tensor& po
   sample_check("kv_lengths", kv_lengths, ScalarType::Int, {rows}, drawn);
   sample_check("pages", pages, ScalarType::Int, {rows, -1}, drawn);
   EXL_CHECK(page_size > 0 && (rows == 0 || pages.size(1) > 0), "exl_cuda::advance: no pages: ", describe(pages));
+  const OnDevice on(drawn);
   advance_cuda(drawn.const_data_ptr<int64_t>(), tokens.mutable_data_ptr<int64_t>(),
                positions.mutable_data_ptr<int64_t>(), slots.mutable_data_ptr<int64_t>(),
                kv_lengths.mutable_data_ptr<int32_t>(), pages.const_data_ptr<int32_t>(), rows, pages.size(1), page_size,
-               stream_of(drawn));
+               on.stream());
 }
 
 }  // namespace
