@@ -57,7 +57,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def gated_scaled(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(y, s) with y * s[..., None] = gated(gate, up): s float32, powers of two, 1 but for rows beyond half of float16."""
+    """(y, s) with y * s[..., None] = gated(gate, up): s float32, powers of two, 1 for rows that float16 holds."""
     out, scale = _gated(gate, up, activation, scaled=True)
     assert scale is not None
     return out, scale

@@ -33,8 +33,7 @@ def both(card, params: list[SamplingParams], steps: int, *, vocab: int = VOCAB, 
     prompts = [[5, 9, 9, vocab + 4, 40 + i] for i in range(len(params))]
     samplers = [Sampler(p, vocab_size=vocab, seed=2**63 + 11 * i, eos_ids=EOS) for i, p in enumerate(params)]
     slots = [
-        device.admit(p, seed=2**63 + 11 * i, eos_ids=EOS, prompt=prompts[i], generated=[])
-        for i, p in enumerate(params)
+        device.admit(p, seed=2**63 + 11 * i, eos_ids=EOS, prompt=prompts[i], generated=[]) for i, p in enumerate(params)
     ]
     on_device, on_host = [[] for _ in params], [[] for _ in params]
     index = torch.tensor(slots, dtype=torch.int32, device=card.device)
@@ -67,7 +66,7 @@ SETTINGS = {
     "penalties": SamplingParams(temperature=0.9, repetition_penalty=1.4, frequency_penalty=0.3, presence_penalty=0.2),
     "penalties_range": SamplingParams(temperature=0, repetition_penalty=3.0, frequency_penalty=1.5, penalty_range=4),
     "bias": SamplingParams(logit_bias={3: 4.0, 40: -2.5, 41: -float("inf"), 2: 3.0}),
-    "banned": SamplingParams(banned_tokens=tuple(range(0, 60))),
+    "banned": SamplingParams(banned_tokens=tuple(range(60))),
     "allowed": SamplingParams(temperature=5.0, min_p=0, allowed_tokens=(1, 40, 41, 900, VOCAB - 1)),
     "min_tokens": SamplingParams(temperature=0, min_tokens=5, logit_bias={2: 100.0}),
     "ignore_eos": SamplingParams(temperature=0, ignore_eos=True, logit_bias={2: 100.0, 7: 99.0}),
