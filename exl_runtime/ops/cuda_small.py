@@ -35,32 +35,32 @@ def add_rms_norm(
     eps: float,
     weight_offset: float,
     *,
-    scale: Tensor | None = None,
     order: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x += scale * delta in place, then the RMSNorm of x in `dtype`: the end of one half-layer, the start of the next.
+    """x += delta in place, then the RMSNorm of x in `dtype`: the end of one half-layer, the start of the next.
 
-    x      float32 (T, C)                 delta  (T, C), any float dtype
-    scale  float32 (T,), or None for 1; what `gated_scaled` took out of the rows
+    x  float32 (T, C)          delta  (T, C), any float dtype
     """
     y = torch.empty_like(x, dtype=dtype)
     delta = delta if delta.is_contiguous() else delta.contiguous()
-    cuda_ops(x.device).add_rms_norm(x, delta, scale, weight, order, y, eps, weight_offset)
+    cuda_ops(x.device).add_rms_norm(x, delta, weight, order, y, eps, weight_offset)
     return y
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """See `ops.activation.gated`. Takes the two halves of one fused projection as they lie."""
-    out, _ = _gated(gate, up, activation, scaled=False)
-    return out
+def gated(gate: Tensor, up: Tensor, activation: str, *, dtype: torch.dtype | None = None) -> Tensor:
+    """See `ops.activation.gated`. Takes the two halves of one fused projection as they lie.
 
-
-def gated_scaled(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(y, s) with y * s[..., None] = gated(gate, up): s float32, powers of two, 1 for rows that float16 holds."""
-    out, scale = _gated(gate, up, activation, scaled=True)
-    assert scale is not None
-    return out, scale
+    dtype  of the result: that of gate, or float32, in which nothing overflows
+    """
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModel(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    shape = gate.shape
+    gate, up = (t if t.dim() == 2 else t.reshape(-1, shape[-1]) for t in (gate, up))
+    gate, up = (t if t.stride(-1) == 1 else t.contiguous() for t in (gate, up))
+    out = torch.empty(gate.shape, dtype=dtype or gate.dtype, device=gate.device)
+    cuda_ops(gate.device).gated(gate, up, out, activation)
+    return out.view(shape)
 
 
 def embed(tokens: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -68,15 +68,3 @@ def embed(tokens: Tensor, table: Tensor, scale: float) -> Tensor:
     out = torch.empty(tokens.shape[0], table.shape[1], dtype=torch.float32, device=table.device)
     cuda_ops(table.device).embed(tokens, table, out, scale)
     return out
-
-
-def _gated(gate: Tensor, up: Tensor, activation: str, *, scaled: bool) -> tuple[Tensor, Tensor | None]:
-    if activation not in ACTIVATIONS:
-        raise UnsupportedModel(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    shape = gate.shape
-    gate, up = (t if t.dim() == 2 else t.reshape(-1, shape[-1]) for t in (gate, up))
-    gate, up = (t if t.stride(-1) == 1 else t.contiguous() for t in (gate, up))
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    scale = torch.empty(gate.shape[0], dtype=torch.float32, device=gate.device) if scaled else None
-    cuda_ops(gate.device).gated(gate, up, out, scale, activation)
-    return out.view(shape), None if scale is None else scale.view(shape[:-1])

@@ -1,16 +1,14 @@
 // out[r, c] = activation(gate[r, c]) * up[r, c]
 //
 //   gate, up  dtype, (rows, cols); each row contiguous, rows gate_stride and up_stride elements apart
-//   out       dtype, (rows, cols) row-major; may be the memory of gate or up if their rows are `cols` apart
-//   scale     float32 (rows), written; see below
+//   out       out_dtype, which is dtype or float32, (rows, cols) row-major; may be the memory of gate or up where dtypes
+//             agree and their rows are `cols` apart. float32 holds what float16 cannot: products of models made for
+//             bfloat16 grow beyond its range, and the matrix behind scales such rows by itself
 //
 //   silu  x / (1 + e^-x)      gelu       x * Phi(x) (the exact one, with the error function)
 //   relu  max(x, 0)           gelu_tanh  0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 //
-// In float32, rounded once to dtype; no expression overflows where its result does not. NaN stays NaN.
-// `gated_scaled_cuda` divides a row by scale[r] = 2^k, the least power of two from 1 up for which nothing in it exceeds
-// 32768: products that models made for bfloat16 let grow beyond the range of float16 survive. Elsewhere scale is 1 and
-// out is the same bits; a row with NaN or infinity has scale 1.
+// In float32, rounded once to out_dtype; no expression overflows where its result does not. NaN stays NaN.
 // Reference: exl_runtime/ops/activation.py. Test: tests/cuda/test_rows.py
 #pragma once
 
@@ -23,11 +21,7 @@ namespace exl {
 
 enum class GatedActivation : int { silu, gelu, gelu_tanh, relu };
 
-void gated_cuda(const void* gate, const void* up, void* out, Dtype dtype, int64_t rows, int64_t cols,
+void gated_cuda(const void* gate, const void* up, Dtype dtype, void* out, Dtype out_dtype, int64_t rows, int64_t cols,
                 int64_t gate_stride, int64_t up_stride, GatedActivation activation, cudaStream_t stream);
-
-void gated_scaled_cuda(const void* gate, const void* up, void* out, float* scale, Dtype dtype, int64_t rows,
-                       int64_t cols, int64_t gate_stride, int64_t up_stride, GatedActivation activation,
-                       cudaStream_t stream);
 
 }  // namespace exl

@@ -15,7 +15,7 @@ constexpr float kLeast = 1e-30f, kMost = 1e37f;  // of a float32 sum of squares 
 // The rows of a block: one, or one for every warp. x is written only where there is a delta.
 template <int WARPS_PER_ROW, bool ADD, class X, class D, class Y>
 __global__ void __launch_bounds__(kWarps * 32)
-    row_norm(X* x, const D* __restrict__ delta, const float* __restrict__ scale, const float* __restrict__ weight,
+    row_norm(X* x, const D* __restrict__ delta, const float* __restrict__ weight,
              const int32_t* __restrict__ order, Y* y, int64_t rows, int cols, float eps, float offset) {
   EXL_SHARED(double, parts, [kWarps]);
   constexpr int step = WARPS_PER_ROW * 32;
@@ -28,9 +28,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   float sum = 0.0f;
   if constexpr (ADD) {
     const D* more = delta + row * cols;
-    const float factor = scale == nullptr ? 1.0f : scale[row];
     for (int c = first; c < cols; c += step) {
-      const float value = fmaf(factor, read(more + c), read(in + c));
+      const float value = read(in + c) + read(more + c);
       write(in + c, value);
       sum = fmaf(value, value, sum);
     }
@@ -64,16 +63,16 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 template <bool ADD, class X, class D, class Y>
-void launch(X* x, const D* delta, const float* scale, const float* weight, const int32_t* order, Y* y, int64_t rows,
+void launch(X* x, const D* delta, const float* weight, const int32_t* order, Y* y, int64_t rows,
             int64_t cols, float eps, float offset, cudaStream_t stream) {
   if (rows == 0 || cols == 0) return;
   if (cols <= kNarrow) {
     const unsigned blocks = unsigned((rows + kWarps - 1) / kWarps);
-    EXL_LAUNCH((row_norm<1, ADD, X, D, Y>), dim3(blocks), dim3(kWarps * 32), 0, stream, x, delta, scale, weight, order,
-               y, rows, int(cols), eps, offset);
+    EXL_LAUNCH((row_norm<1, ADD, X, D, Y>), dim3(blocks), dim3(kWarps * 32), 0, stream, x, delta, weight, order, y,
+               rows, int(cols), eps, offset);
   } else {
-    EXL_LAUNCH((row_norm<kWarps, ADD, X, D, Y>), dim3(unsigned(rows)), dim3(kWarps * 32), 0, stream, x, delta, scale,
-               weight, order, y, rows, int(cols), eps, offset);
+    EXL_LAUNCH((row_norm<kWarps, ADD, X, D, Y>), dim3(unsigned(rows)), dim3(kWarps * 32), 0, stream, x, delta, weight,
+               order, y, rows, int(cols), eps, offset);
   }
 }
 
@@ -85,21 +84,19 @@ void rms_norm_cuda(const void* x, Dtype x_dtype, const float* weight, const int3
     using X = std::remove_pointer_t<decltype(x_type)>;
     with_dtype(y_dtype, [&](auto* y_type) {
       using Y = std::remove_pointer_t<decltype(y_type)>;
-      launch<false>(static_cast<X*>(const_cast<void*>(x)), static_cast<const float*>(nullptr),
-                    static_cast<const float*>(nullptr), weight, order, static_cast<Y*>(y), rows, cols, eps, offset,
+      launch<false>(static_cast<X*>(const_cast<void*>(x)), static_cast<const float*>(nullptr), weight, order, static_cast<Y*>(y), rows, cols, eps, offset,
                     stream);
     });
   });
 }
 
-void add_rms_norm_cuda(float* x, const void* delta, Dtype delta_dtype, const float* scale, const float* weight,
-                       const int32_t* order, void* y, Dtype y_dtype, int64_t rows, int64_t cols, float eps,
-                       float offset, cudaStream_t stream) {
+void add_rms_norm_cuda(float* x, const void* delta, Dtype delta_dtype, const float* weight, const int32_t* order, void* y,
+                       Dtype y_dtype, int64_t rows, int64_t cols, float eps, float offset, cudaStream_t stream) {
   with_dtype(delta_dtype, [&](auto* delta_type) {
     using D = std::remove_pointer_t<decltype(delta_type)>;
     with_dtype(y_dtype, [&](auto* y_type) {
       using Y = std::remove_pointer_t<decltype(y_type)>;
-      launch<true>(x, static_cast<const D*>(delta), scale, weight, order, static_cast<Y*>(y), rows, cols, eps, offset,
+      launch<true>(x, static_cast<const D*>(delta), weight, order, static_cast<Y*>(y), rows, cols, eps, offset,
                    stream);
     });
   });

@@ -1,11 +1,10 @@
 // RMSNorm, alone and behind a residual addition.
 //
 //   rms_norm_cuda       y[r, c] = x[r, o] / sqrt(mean(x[r, :]^2) + eps) * (weight[o] + offset),  o = order[c], or c
-//   add_rms_norm_cuda   x[r, :] += scale[r] * delta[r, :] first, then the same
+//   add_rms_norm_cuda   x[r, :] += delta[r, :] first, then the same
 //
 //   x        x_dtype (rows, cols) row-major; float32 where it is added to, written in place
 //   delta    delta_dtype (rows, cols) row-major
-//   scale    float32 (rows), or null: 1. What `gated_scaled_cuda` took out of a row
 //   weight   float32 (cols)
 //   order    int32 (cols), each within 0 to cols - 1, or null: the columns as they are
 //   y        y_dtype (rows, cols) row-major; may be x where nothing is added, dtypes agree and order is null
@@ -26,8 +25,7 @@ namespace exl {
 void rms_norm_cuda(const void* x, Dtype x_dtype, const float* weight, const int32_t* order, void* y, Dtype y_dtype,
                    int64_t rows, int64_t cols, float eps, float offset, cudaStream_t stream);
 
-void add_rms_norm_cuda(float* x, const void* delta, Dtype delta_dtype, const float* scale, const float* weight,
-                       const int32_t* order, void* y, Dtype y_dtype, int64_t rows, int64_t cols, float eps,
-                       float offset, cudaStream_t stream);
+void add_rms_norm_cuda(float* x, const void* delta, Dtype delta_dtype, const float* weight, const int32_t* order, void* y,
+                       Dtype y_dtype, int64_t rows, int64_t cols, float eps, float offset, cudaStream_t stream);
 
 }  // namespace exl

@@ -55,25 +55,18 @@ void op_cuda_rms_norm(const Tensor& x, const Tensor& weight, const std::optional
                 cols == 0 ? 0 : x.numel() / cols, cols, float(eps), float(offset), on.stream());
 }
 
-void op_cuda_add_rms_norm(const Tensor& x, const Tensor& delta, const std::optional<Tensor>& scale,
-                          const Tensor& weight, const std::optional<Tensor>& order, const Tensor& y, double eps,
-                          double offset) {
+void op_cuda_add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight,
+                          const std::optional<Tensor>& order, const Tensor& y, double eps, double offset) {
   const char* op = "add_rms_norm";
   EXL_CHECK(rows_dtype(op, "x", x, x) == Dtype::float32, "exl_cuda::add_rms_norm: x must be Float, got ", describe(x));
   const Dtype more = rows_dtype(op, "delta", delta, x), to = rows_dtype(op, "y", y, x);
   const int64_t cols = rows_norm_shape(op, x, weight, y);
   rows_norm_shape(op, delta, weight, y);
-  const int64_t rows = cols == 0 ? 0 : x.numel() / cols;
-  EXL_CHECK(!scale.has_value() || (scale->scalar_type() == ScalarType::Float && rows_beside(*scale, x) &&
-                                   scale->is_contiguous() && scale->numel() == rows),
-            "exl_cuda::add_rms_norm: scale must be ", rows, " Float elements on the device of x, got ",
-            describe(scale.value_or(x)));
   EXL_CHECK(x.numel() == 0 || x.const_data_ptr() != y.const_data_ptr(), "exl_cuda::add_rms_norm: y must not be x");
   const OnDevice on(x);
-  add_rms_norm_cuda(x.mutable_data_ptr<float>(), delta.const_data_ptr(), more,
-                    scale.has_value() ? scale->const_data_ptr<float>() : nullptr, weight.const_data_ptr<float>(),
-                    rows_order(op, order, x, cols), y.mutable_data_ptr(), to, rows, cols, float(eps), float(offset),
-                    on.stream());
+  add_rms_norm_cuda(x.mutable_data_ptr<float>(), delta.const_data_ptr(), more, weight.const_data_ptr<float>(),
+                    rows_order(op, order, x, cols), y.mutable_data_ptr(), to, cols == 0 ? 0 : x.numel() / cols, cols,
+                    float(eps), float(offset), on.stream());
 }
 
 GatedActivation rows_activation(std::string_view name) {
@@ -84,33 +77,24 @@ GatedActivation rows_activation(std::string_view name) {
   fail("exl_cuda::gated: unknown activation '", name, "'; silu, gelu, gelu_tanh or relu");
 }
 
-// `scale` null: not wanted
-void op_cuda_gated(const Tensor& gate, const Tensor& up, const Tensor& out, const std::optional<Tensor>& scale,
-                   const std::string& activation) {
-  const Dtype dtype = rows_dtype("gated", "out", out, gate);
+void op_cuda_gated(const Tensor& gate, const Tensor& up, const Tensor& out, const std::string& activation) {
+  const Dtype to = rows_dtype("gated", "out", out, gate);
   const auto fits = [&](const Tensor& t) {
-    return t.scalar_type() == out.scalar_type() && rows_beside(t, out) && t.dim() == 2 && t.size(0) == out.size(0) &&
+    return t.scalar_type() == gate.scalar_type() && rows_beside(t, out) && t.dim() == 2 && t.size(0) == out.size(0) &&
            t.size(1) == out.size(1) && (t.stride(1) == 1 || t.size(1) <= 1) && t.stride(0) >= 0;
   };
-  EXL_CHECK(out.dim() == 2 && fits(gate) && fits(up),
-            "exl_cuda::gated: gate, up and out must be (rows, cols) of one shape, dtype and device, rows contiguous, ",
-            "got ", describe(gate), ", ", describe(up), " and ", describe(out));
+  EXL_CHECK(out.dim() == 2 && is_float_dtype(gate.scalar_type()) && fits(gate) && fits(up) &&
+                (out.scalar_type() == gate.scalar_type() || to == Dtype::float32),
+            "exl_cuda::gated: gate and up must be (rows, cols) of one shape, dtype and device, rows contiguous, and out ",
+            "like them or Float, got ", describe(gate), ", ", describe(up), " and ", describe(out));
   const int64_t rows = out.size(0), cols = out.size(1);
-  EXL_CHECK(rows <= INT_MAX && cols <= (1 << 30) && (out.numel() >> 8) < INT_MAX,
-            "exl_cuda::gated: too large: ", describe(out));
-  const GatedActivation which = rows_activation(activation);
+  EXL_CHECK((out.numel() >> 8) < INT_MAX, "exl_cuda::gated: too large: ", describe(out));
+  const Dtype dtype = gate.scalar_type() == ScalarType::Float  ? Dtype::float32
+                      : gate.scalar_type() == ScalarType::Half ? Dtype::float16
+                                                               : Dtype::bfloat16;
   const OnDevice on(out);
-  if (!scale.has_value()) {
-    gated_cuda(gate.const_data_ptr(), up.const_data_ptr(), out.mutable_data_ptr(), dtype, rows, cols, gate.stride(0),
-               up.stride(0), which, on.stream());
-    return;
-  }
-  EXL_CHECK(scale->scalar_type() == ScalarType::Float && rows_beside(*scale, out) && scale->is_contiguous() &&
-                scale->numel() == rows,
-            "exl_cuda::gated: scale must be ", rows, " Float elements on the device of out, got ", describe(*scale));
-  gated_scaled_cuda(gate.const_data_ptr(), up.const_data_ptr(), out.mutable_data_ptr(),
-                    scale->mutable_data_ptr<float>(), dtype, rows, cols, gate.stride(0), up.stride(0), which,
-                    on.stream());
+  gated_cuda(gate.const_data_ptr(), up.const_data_ptr(), dtype, out.mutable_data_ptr(), to, rows, cols, gate.stride(0),
+             up.stride(0), rows_activation(activation), on.stream());
 }
 
 void op_cuda_embed(const Tensor& tokens, const Tensor& table, const Tensor& out, double scale) {
@@ -133,9 +117,9 @@ void op_cuda_embed(const Tensor& tokens, const Tensor& table, const Tensor& out,
 EXL_CUDA_FRAGMENT(m) {
   m.def("rms_norm(Tensor x, Tensor weight, Tensor? order, Tensor(a!) y, float eps, float offset) -> ()");
   m.def(
-      "add_rms_norm(Tensor(a!) x, Tensor delta, Tensor? scale, Tensor weight, Tensor? order, Tensor(b!) y, float eps, "
-      "float offset) -> ()");
-  m.def("gated(Tensor gate, Tensor up, Tensor(a!) out, Tensor(b!)? scale, str activation) -> ()");
+      "add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, Tensor? order, Tensor(b!) y, float eps, float offset) -> "
+      "()");
+  m.def("gated(Tensor gate, Tensor up, Tensor(a!) out, str activation) -> ()");
   m.def("embed(Tensor tokens, Tensor table, Tensor(a!) out, float scale) -> ()");
 }
 
