@@ -92,6 +92,12 @@ def sample_tensors(*, slots: int, vocab: int, capacity: int, device: torch.devic
     )
 
 
+def ensure_weights(state: SampleTensors) -> None:
+    """Make the workspace of rows that select, if it is not there."""
+    if state.weights is None:
+        state.weights = torch.zeros(state.x.shape, dtype=torch.int64, device=state.x.device)
+
+
 def sample_rows(
     logits: Tensor, slots: Tensor, state: SampleTensors, out: Tensor, *, draws: bool, selects: bool
 ) -> None:
@@ -100,8 +106,8 @@ def sample_rows(
     logits  float32 (rows, vocab)          slots  int32 (rows,), all different
     draws   some row is not greedy         selects  some row has top-k or top-p
     """
-    if selects and state.weights is None:
-        state.weights = torch.zeros(state.x.shape, dtype=torch.int64, device=state.x.device)
+    if selects:
+        ensure_weights(state)
     cuda_ops(logits.device).sample(
         logits,
         slots,

@@ -12,7 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops.sample_cuda import CUTS, MOST_TOKENS, REALS, WHOLES, Flag, Real, Whole, sample_rows, sample_tensors
+from ..ops.sample_cuda import (
+    CUTS,
+    MOST_TOKENS,
+    REALS,
+    WHOLES,
+    Flag,
+    Real,
+    Whole,
+    ensure_weights,
+    sample_rows,
+    sample_tensors,
+)
 from .order import active_steps, is_dynamic, is_greedy
 from .params import SamplingParams
 
@@ -155,6 +166,11 @@ class DeviceSampling:
         """(draws, selects) of a batch: which kernels it needs. Part of the key of a CUDA graph."""
         held = [self._slots[slot] for slot in slots]
         return any(one.draws for one in held), any(one.selects for one in held)
+
+    def prepare(self, kind: tuple[bool, bool]) -> None:
+        """Make the workspace that drawing of this kind needs, so that nothing is allocated while a graph is recorded."""
+        if kind[1]:
+            ensure_weights(self.tensors)
 
     def sample(self, logits: Tensor, slots: Tensor, out: Tensor, *, kind: tuple[bool, bool]) -> None:
         """One token for each row of logits, float32 (rows, vocab), into `out`; the state of the slots moves on.
