@@ -1,11 +1,10 @@
 """Decoding by recorded passes: one CUDA graph per batch size and page-table width, from the tokens to the next tokens.
 
-A recorded step reads and writes the same buffers every time, draws on the device, and writes the next step's inputs over
-its own: the next one is launched before the host has read the tokens of this one. Whatever does not fit is run as usual,
-with a reason. Knows no text and no sampling beyond the `Chooser`; how a pass is recorded is the `Recorder`'s affair.
+A recorded step reads and writes the same buffers every time, draws on the device, and writes the inputs of the next
+step over its own: the next one is launched before the host has read the tokens of this one. Whatever does not fit is run
+as usual, with a reason. Knows no sampling beyond the `Chooser`; how a pass is recorded is the `Recorder`'s affair.
 """
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +16,6 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..ops.sample_cuda import advance
 from .batch import ForwardBatch
-
-log = logging.getLogger(__name__)
 
 MOST_ROWS = 8  # sequences of one recorded step: the kernels' results are the same bits up to here
 
@@ -161,7 +158,7 @@ class DecodeGraphs:
         flight = self._ahead
         if flight is None or len(flight.rows) != len(rows):
             return False
-        for place, (row, (owner, slot, length, _)) in enumerate(zip(rows, flight.rows, strict=True)):
+        for place, (row, (owner, slot, length)) in enumerate(zip(rows, flight.rows, strict=True)):
             used = length // self._kv.page_size + 1
             if (row.owner, row.slot, row.length, row.token) != (owner, slot, length, self._tokens[place]):
                 return False
@@ -175,7 +172,7 @@ class DecodeGraphs:
         if flight is None:
             return ()
         flight.fetch.wait()  # so that it is known to be over
-        return tuple(slot for _, slot, _, _ in flight.rows)
+        return tuple(slot for _, slot, _ in flight.rows)
 
     def step(self, rows: Sequence[Row]) -> list[int]:
         """The token drawn behind each row, -1 where there is none. Launches the step after this one, if it may.
@@ -207,7 +204,7 @@ class DecodeGraphs:
             self._recorded[key] = found
         else:
             self._fill(found, rows)
-        return self._launch(key, tuple((row.owner, row.slot, row.length, row.token) for row in rows))
+        return self._launch(key, tuple((row.owner, row.slot, row.length) for row in rows))
 
     def _launch_next(self, flight: _Flight, rows: Sequence[Row]) -> _Flight | None:
         """The step behind `flight`, unless a row has no page for it yet."""
@@ -219,9 +216,9 @@ class DecodeGraphs:
             return None
         if [[*row.pages] for row in rows] != self._pages:
             self._fill_pages(recorded, rows)
-        return self._launch(flight.key, tuple((row.owner, row.slot, row.length + 1, None) for row in rows))
+        return self._launch(flight.key, tuple((row.owner, row.slot, row.length + 1) for row in rows))
 
-    def _launch(self, key: Hashable, rows: tuple[tuple[Hashable, int, int, int | None], ...]) -> _Flight:
+    def _launch(self, key: Hashable, rows: tuple[tuple[Hashable, int, int], ...]) -> _Flight:
         recorded = self._recorded[key]
         recorded.repeat()
         return _Flight(key, rows, self._recorder.fetch(recorded.drawn))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .fused import FusedTransformer
+
 WARM_UPS = 2  # the first run makes workspaces and handles, the second is as all later ones
 
 
@@ -61,3 +63,10 @@ class CudaRecorder:
     def fetch(self, source: Tensor) -> CudaFetch:
         """See `graph.Recorder`."""
         return CudaFetch(source)
+
+
+def recorder_for(model: object) -> CudaRecorder | None:
+    """What records the decode steps of `model`; None where every step runs as usual."""
+    if isinstance(model, FusedTransformer) and model.device.type == "cuda":
+        return CudaRecorder(model.device)
+    return None

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..generation.generator import Generator
 from ..generation.request import OVERFLOWS, Request, Result, Speculate
 from ..generation.stream import Event
+from ..model.graph_cuda import recorder_for
 from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
@@ -92,7 +93,9 @@ class Runtime:
         self._speculate = speculate
         self.tokenizer = tokenizer
         self.template = template
-        self._generator: Generator | None = Generator(model, kv, tokenizer, context=info.context, draft=draft)
+        self._generator: Generator | None = Generator(
+            model, kv, tokenizer, context=info.context, draft=draft, recorder=recorder_for(model)
+        )
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )

@@ -168,7 +168,7 @@ class DeviceSampling:
         return any(one.draws for one in held), any(one.selects for one in held)
 
     def prepare(self, kind: tuple[bool, bool]) -> None:
-        """Make the workspace that drawing of this kind needs, so that nothing is allocated while a graph is recorded."""
+        """Make the workspace that drawing of this kind needs: nothing may be allocated while a graph is recorded."""
         if kind[1]:
             ensure_weights(self.tensors)
 

@@ -1,6 +1,6 @@
 """Recorded decode steps: the same tokens as eager passes, buckets, page tables that grow, steps launched ahead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from driving import open_model
 from quantize import quantize_folder
+from recording import FakeRecorder
 from tiny import by_name, write
 
 from exl_runtime.cache.storage import KVStorage
@@ -20,46 +21,6 @@ from exl_runtime.sampling.device import DeviceSampling
 from exl_runtime.sampling.params import SamplingParams
 
 SIZE = 16  # tokens of a page
-
-
-class Snapshot:
-    def __init__(self, source: torch.Tensor) -> None:
-        self._numbers = source.tolist()
-
-    def wait(self) -> list[int]:
-        return self._numbers
-
-
-class FakeRecorder:
-    """Records by keeping the work itself, and refuses what a real recording could not do: run the host in between."""
-
-    def __init__(self, why: str | None = None) -> None:
-        self.why = why
-        self.recorded = self.repeated = self.uploads = 0
-        self.fails = False
-
-    def why_not(self) -> str | None:
-        return self.why
-
-    def record(self, warm_up: Callable[[], None], body: Callable[[], None]) -> Callable[[], None]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        warm_up()
-        self.recorded += 1
-
-        def repeat() -> None:
-            self.repeated += 1
-            body()
-
-        return repeat
-
-    def upload(self, values: Sequence[int], target: torch.Tensor) -> None:
-        assert target.is_contiguous()
-        self.uploads += 1
-        target.copy_(torch.tensor(values, dtype=target.dtype).view(target.shape))
-
-    def fetch(self, source: torch.Tensor) -> Snapshot:
-        return Snapshot(source)
 
 
 @pytest.fixture(scope="module")
