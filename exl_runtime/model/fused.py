@@ -5,10 +5,11 @@ What goes into the last matrix of an MLP is float32, because products of activat
 that were made for bfloat16. Knows no graphs: see `graph.py`.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from ..cache.storage import KVStorage
 from ..ops import cuda_small
 from ..ops.linear.packed_cuda import multiply_together
 from .attention import Attention
@@ -19,10 +20,18 @@ from .mlp import Mlp
 from .transformer import Transformer, require_finite
 
 
+class Layers(Protocol):
+    """Keys and values by layer: a `KVStorage`, or the parts of several."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Key pages and value pages of one layer."""
+        ...
+
+
 class FusedTransformer(Transformer):
     """Backend "cuda". Chosen by the loader; `forward` is that of the base class."""
 
-    def run(self, batch: ForwardBatch, kv: KVStorage) -> Tensor:
+    def run(self, batch: ForwardBatch, kv: Layers) -> Tensor:
         """`forward` without the check for NaN, which waits for the device: float32 logits (L, vocab)."""
         return self._run(batch, kv, check=False)
 
@@ -37,11 +46,12 @@ class FusedTransformer(Transformer):
         ropes, lengths = self._ropes, batch.rope_lengths
         return tuple(self._inv_freq(rope, rope.effective_length(length)) for rope in ropes for length in {*lengths})
 
-    def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
-        spec, eps, offset = self.spec, self.spec.norm_eps, self.spec.norm_weight_offset
-        x = cuda_small.embed(batch.tokens, self.embedding.table, self.embedding.scale)
-        if check:
-            require_finite(x, "the token embedding")
+    def begin(self, batch: ForwardBatch) -> Tensor:
+        """The embedded tokens, float32 (T, hidden)."""
+        return cuda_small.embed(batch.tokens, self.embedding.table, self.embedding.scale)
+
+    def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
+        """x, float32 (T, hidden), after all blocks of this model; changed in place."""
         ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
         delta: Tensor | None = None  # what the half-layer before still has to add to the stream
         for block in self.blocks:
@@ -54,16 +64,26 @@ class FusedTransformer(Transformer):
             if check:
                 x, delta = (x if delta is None else x.add_(delta)), None
                 require_finite(x, f"layer {block.layer.index}")
-        if delta is not None:
-            x.add_(delta)
+        return x if delta is None else x.add_(delta)
+
+    def finish(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Float32 logits (L, vocab) of the rows that want them."""
+        spec = self.spec
         if batch.logit_rows.numel() != x.shape[0]:
             x = x.index_select(0, batch.logit_rows)
-        logits = self._logits(cuda_small.rms_norm(x, self.final_norm, eps, offset, dtype=self.dtype))
+        h = cuda_small.rms_norm(x, self.final_norm, spec.norm_eps, spec.norm_weight_offset, dtype=self.dtype)
+        logits = self._logits(h)
         if spec.logit_scale != 1.0:
             logits.mul_(spec.logit_scale)
         if (cap := spec.logit_softcap) is not None:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
+
+    def _run(self, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
+        x = self.begin(batch)
+        if check:
+            require_finite(x, "the token embedding")
+        return self.finish(self.through(x, batch, kv, check=check), batch)
 
     def _attended(
         self,

@@ -1,7 +1,7 @@
 """Decoding by recorded passes: one CUDA graph per batch size and page-table width, from the tokens to the next tokens.
 
 A recorded step reads and writes the same buffers every time, draws on the device, and writes the inputs of the next
-step over its own: the next one is launched before the host has read the tokens of this one. Whatever does not fit is run
+step over its own: the next one is launched before the host has read the tokens of this one. What does not fit is run
 as usual, with a reason. Knows no sampling beyond the `Chooser`; how a pass is recorded is the `Recorder`'s affair.
 """
 

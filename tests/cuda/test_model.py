@@ -1,4 +1,4 @@
-"""Whole tiny models on the CUDA kernels, emulated: against float64, and every way to cut a sequence against the whole."""
+"""Whole tiny models on the CUDA kernels, emulated: against float32, and every way to cut a sequence against the whole."""
 
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ def folder_of(root: Path, name: str, kind: str) -> Path:
 
 @cache
 def models(root: Path, name: str, kind: str) -> tuple[Transformer, Transformer, Transformer]:
-    """On the CUDA kernels in half precision; by plain torch in half precision; by plain torch in float64's stead."""
+    """On the CUDA kernels in half precision; by plain torch in half precision; by plain torch in float32."""
     folder = folder_of(root, name, kind)
     half = torch.float16
     return open_model(folder, "cuda", half), open_model(folder, "reference", half), open_model(folder, "reference")
