@@ -1,4 +1,4 @@
-"""Whole tiny models on the CUDA kernels, emulated: against float32, and every way to cut a sequence against the whole."""
+"""Whole tiny models on the CUDA kernels, emulated: against float32, and any way to cut a sequence against the whole."""
 
 from functools import cache
 from pathlib import Path

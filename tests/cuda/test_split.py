@@ -1,4 +1,4 @@
-"""One model over several devices: the plan from numbers, and a tiny model with half its layers on each of two backends."""
+"""One model over several devices: the plan from numbers, and a tiny model with layers on each of two backends."""
 
 from pathlib import Path
 
