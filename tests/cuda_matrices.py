@@ -89,8 +89,8 @@ def unrounded(w: QuantFormat) -> Tensor:
 def assert_sums(actual: Tensor, x: Tensor, weight: Tensor, inputs: float = 0.0) -> None:
     """float32 `actual` is x @ weight but for rounding; x and weight as the kernel takes them, weight float64.
 
-    Products of halves and codes are exact in float32; each of at most K / 8 + 64 additions and scalings is off by at most
-    2^-22 of what has been summed so far (tensor cores do not round to nearest). `inputs`: relative error of x.
+    Products of halves and codes are exact in float32; each of at most K / 8 + 64 additions and scalings is off by at
+    most 2^-22 of what has been summed so far (tensor cores do not round to nearest). `inputs`: relative error of x.
     """
     actual, x = actual.cpu(), x.cpu().double()
     assert actual.dtype == torch.float32 and actual.shape == (x.shape[0], weight.shape[1])
