@@ -9,6 +9,7 @@ The environment is read here and nowhere else:
     EXL_CACHE_DIR       folder for built libraries (default $XDG_CACHE_HOME/exl_runtime or ~/.cache/exl_runtime)
     EXL_DISABLE_NATIVE  "1": behave as if no compiler were there; for debugging
     CXX                 the C++ compiler to use
+    CUDA_HOME           the folder of the CUDA toolkit to use (else CUDA_PATH)
 """
 
 import contextlib
@@ -42,6 +43,7 @@ class Settings:
     cache: Path | None = None  # None: the user's cache folder
     xdg_cache: str | None = None
     compiler: str | None = None  # None: the first known one on PATH
+    cuda_home: str | None = None  # None: nvcc on PATH, or in the usual places
     disabled: bool = False
     timeout: float = 600.0  # seconds, waiting for another process's build included
 
@@ -53,6 +55,7 @@ class Settings:
             cache=Path(folder) if folder else None,
             xdg_cache=os.environ.get("XDG_CACHE_HOME"),
             compiler=os.environ.get("CXX") or None,
+            cuda_home=os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None,
             disabled=os.environ.get("EXL_DISABLE_NATIVE", "") not in ("", "0"),
         )
 
@@ -101,16 +104,14 @@ MakeRecipe = Callable[[Settings], Recipe]
 def build(
     settings: Settings, progress: Progress | None = None, *, again: bool = False, make: MakeRecipe = recipe_for
 ) -> Built:
-    """The library for these settings, built now unless a whole one is cached. `again` builds in any case.
+    """The library that `make` describes, built now unless a whole one is cached. `again` builds in any case.
 
-    `make` says which library. Raises BackendUnavailable (no compiler, no ninja, switched off) or BuildError (it did not compile, time is up).
+    Raises BackendUnavailable (no compiler, no ninja, switched off) or BuildError (it did not compile, time is up).
     """
     return _build(settings, progress, again, time.monotonic() + settings.timeout, make)
 
 
-def _build(
-    settings: Settings, progress: Progress | None, again: bool, deadline: float, make: MakeRecipe
-) -> Built:
+def _build(settings: Settings, progress: Progress | None, again: bool, deadline: float, make: MakeRecipe) -> Built:
     recipe = make(settings)
     cache = settings.open_cache()
     final = cache / recipe.key
@@ -152,9 +153,7 @@ def _build(
     return Built(file=final / recipe.library, key=recipe.key, fresh=True, seconds=seconds)
 
 
-def load(
-    settings: Settings | None = None, progress: Progress | None = None, *, make: MakeRecipe = recipe_for
-) -> Built:
+def load(settings: Settings | None = None, progress: Progress | None = None, *, make: MakeRecipe = recipe_for) -> Built:
     """Build if necessary, and register the operators with torch. Once per process.
 
     A cached library that does not load is built again, once.
@@ -232,8 +231,7 @@ def _compile(recipe: Recipe, folder: Path, ninja: str, log: Path, deadline: floa
             counter.join()
     if status != 0:
         raise BuildError(
-            f"the {recipe.title} do not compile with {recipe.compiler}\n"
-            f"{counter.error_text()}\n  log: {log}",
+            f"the {recipe.title} do not compile with {recipe.compiler}\n{counter.error_text()}\n  log: {log}",
             hint="the program runs without them, slowly; set EXL_DISABLE_NATIVE=1 to stop trying",
         )
 

@@ -9,12 +9,19 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from ext.cuda_tools import Nvcc
 from ext.plan import BINDINGS, COMMON_FLAGS, LINK_FLAGS, TORCH_LIBRARIES
 from ext.recipe import NINJA, Recipe
 from ext.toolchain import TORCH_TARGET, Compiler, TorchFiles, machine
 
+LIBRARY = "exl_cuda.so"
 EMULATED_LIBRARY = "exl_cuda_emulated.so"
 HEADER_FOLDERS = ("binding", "binding/cuda", "common", "cuda", "emulation")
+OLDEST = 80  # compute capability 8.0, Ampere: the first with cp.async and bfloat16
+
+# Multiply-adds are fused where nvcc likes: kernels that need equal bits write fmaf out. Never --use_fast_math, which
+# flushes subnormal numbers: EXL2 scales are often subnormal.
+NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 # As for the CPU kernels, with less optimisation: tests compile these files more often than they run them. The kernels
 # are written for nvcc, which has no opinion on unused parameters of two-faced code.
@@ -28,6 +35,72 @@ EMULATED_FLAGS = (
 def kernel_sources(root: Path) -> list[Path]:
     """The .cu files, by name."""
     return sorted((root / "cuda").glob("*.cu"))
+
+
+def architectures(capabilities: Iterable[tuple[int, int]], nvcc: Nvcc) -> tuple[str, ...]:
+    """nvcc's -gencode arguments for cards of these compute capabilities: machine code for each.
+
+    For a card that is newer than nvcc, portable code of the newest kind it knows, which the driver finishes.
+    """
+    found = []
+    for number in sorted({10 * major + minor for major, minor in capabilities}):
+        if number in nvcc.targets:
+            found.append(f"arch=compute_{number},code=sm_{number}")
+            continue
+        older = [target for target in nvcc.targets if target < number]
+        if older:
+            found.append(f"arch=compute_{older[-1]},code=compute_{older[-1]}")
+    return tuple(dict.fromkeys(found))
+
+
+def cuda_recipe(
+    root: Path, compiler: Compiler, torch: TorchFiles, nvcc: Nvcc, capabilities: Iterable[tuple[int, int]]
+) -> Recipe:
+    """How to build the CUDA kernels for cards of these compute capabilities."""
+    generate = [f"-gencode {target}" for target in architectures(capabilities, nvcc)]
+    libraries = [*TORCH_LIBRARIES, *(["-ltorch_cuda"] if (torch.lib / "libtorch_cuda.so").exists() else [])]
+    facts = (machine(), compiler.identity, nvcc.identity, TORCH_TARGET)
+    flags = (*NVCC_FLAGS, *generate, *COMMON_FLAGS, *LINK_FLAGS, *libraries)
+    bindings = sorted((root / "binding" / "cuda").glob("*.cpp"))
+    lines = [
+        "ninja_required_version = 1.8",
+        f"nvcc = {quote(nvcc.path)} -ccbin {quote(compiler.path)}",
+        f"cxx = {quote(compiler.path)}",
+        "rule compile",
+        f"  command = $cxx {' '.join(COMMON_FLAGS)} -DTORCH_TARGET_VERSION={TORCH_TARGET} "
+        f"-isystem {quote(torch.include)} -c $in -o $out",
+        "  description = compile $in",
+        "rule kernel",
+        f"  command = $nvcc {' '.join((*NVCC_FLAGS, *generate))} -c $in -o $out",
+        "  description = compile $in",
+        "rule link",
+        f"  command = $cxx {' '.join(LINK_FLAGS)} $in -o $out -L{quote(torch.lib)} {' '.join(libraries)} "
+        f"{' '.join(_runtime(Path(nvcc.root)))}",
+        "  description = link $out",
+    ]
+    objects = ["bindings.o"]
+    sources = kernel_sources(root)
+    for source in sorted(sources, key=lambda path: path.stat().st_size, reverse=True):  # the slowest first
+        objects.append(f"{source.stem}.cu.o")
+        lines.append(f"build {objects[-1]}: kernel {escape(source)}")
+    lines += [f"build bindings.o: compile {BINDINGS}"]
+    lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]
+    return Recipe(
+        key=source_key(root, torch, (*facts, *flags)),
+        library=LIBRARY,
+        title="CUDA kernels",
+        files={NINJA: "\n".join(lines), BINDINGS: include_all(bindings)},
+        compiler=f"{nvcc.path} (CUDA {nvcc.release}) and {compiler.path} ({compiler.version})",
+        torch=torch.version,
+    )
+
+
+def _runtime(toolkit: Path) -> list[str]:
+    """Linker arguments for the CUDA runtime: the same shared library that torch has loaded, found by its name."""
+    for name in ("lib64", "targets/x86_64-linux/lib", "lib"):
+        for file in sorted((toolkit / name).glob("libcudart.so*")):
+            return [f"-L{quote(toolkit / name)}", f"-l:{file.name}"]
+    return ["-lcudart"]
 
 
 def emulated_recipe(root: Path, compiler: Compiler, torch: TorchFiles) -> Recipe:

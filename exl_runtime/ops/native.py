@@ -180,6 +180,11 @@ def ensure_cuda(progress: Callable[[str], None] | None = None) -> None:
         _cuda_loaded = True
 
 
+def card_present() -> bool:
+    """Whether torch sees an NVIDIA card."""
+    return torch.cuda.is_available()
+
+
 def cuda_ops(device: torch.device) -> _Operators:
     """The operators of the CUDA kernels for tensors on `device`; the first use of one loads their library.
 

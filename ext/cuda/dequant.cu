@@ -11,7 +11,7 @@ template <int BITS, int F, int R>
 __device__ __forceinline__ void put(const tile::Codes<BITS>& codes, const tile::GroupScales& scales,
                                     __half (*to)[kPitch], int g, int t) {
   constexpr int entry = 2 * (F >> 1) + (R & 1);
-  const __half2 scale = __half2half2(__float2half_rn(scales.scale[entry]));
+  const __half2 scale = __half2half2(scales.scale(entry));
   const __half2 w = __hmul2(tile::as_half2(codes.template code<F, R>(scales.zero[entry])), scale);
   const int k = 16 * (F & 1) + 8 * (R >> 1) + 2 * t, n = 8 * entry + g;
   to[k][n] = __low2half(w);

@@ -20,6 +20,7 @@ struct Multiply {
   static constexpr int kPitch = kColumns + 4;  // of the sums in shared memory: no bank conflicts
   static constexpr int kSums = kColumns * ROWS;
   static constexpr size_t kSumBytes = sizeof(float) * WK * ROWS * kPitch;
+  static constexpr int kResident = ROWS == 8 || ROUNDED ? 3 : 2;  // blocks that registers must suffice for
 
   float sums[2][kN8][4];
   float part[ROUNDED ? 1 : 2][ROUNDED ? 1 : kN8][4];  // of the running group, not scaled yet
@@ -46,19 +47,18 @@ struct Multiply {
         for (int j = 0; j < kN8; ++j)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            sums[nh][j][i] = fmaf(scales.scale[2 * nh + (i >> 1)], part[nh][j][i], sums[nh][j][i]);
+            sums[nh][j][i] = fmaf(__half2float(scales.scale(2 * nh + (i >> 1))), part[nh][j][i], sums[nh][j][i]);
             part[nh][j][i] = 0.0f;
           }
     }
   }
 
-  // Rows past m stay zero: their results are never read.
-  __device__ __forceinline__ void load_x(const uint4* staged, int64_t unit, int m, int first_row, int lane) {
+  // from: this lane's piece of row lane / 4. Rows past the last stay zero: their results are never read.
+  __device__ __forceinline__ void load_x(const uint4* from, int rows_left) {
 #pragma unroll
     for (int j = 0; j < kN8; ++j) {
-      const int row = first_row + 8 * j + (lane >> 2);
       x[j] = make_uint4(0, 0, 0, 0);
-      if (row < m) x[j] = staged[(unit * m + row) * 4 + (lane & 3)];
+      if (8 * j < rows_left) x[j] = from[32 * j];
     }
   }
 
@@ -70,7 +70,7 @@ struct Multiply {
     if constexpr (ROUNDED) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const __half2 s = __half2half2(__float2half_rn(scales.scale[2 * nh + (r & 1)]));
+        const __half2 s = __half2half2(scales.scale(2 * nh + (r & 1)));
         a[r] = tile::as_bits(__hmul2(tile::as_half2(a[r]), s));
       }
     }
@@ -98,61 +98,63 @@ struct Multiply {
   // The warp's units [begin, end) of one tile column.
   __device__ __forceinline__ void stream(const CudaMatrix& w, const LinearWork& work, int column, int begin, int end,
                                          unsigned char* ring, int first_row, int lane, bool& waited) {
-    const uint8_t* tiles = w.tiles + int64_t(column) * w.tile_stride;
-    const uint8_t* records = w.scales + int64_t(column) * w.groups * w.record;
-    const int record = w.record;
     const uint64_t policy = ptx::policy_evict_first();
-    int issued = begin, issued_group = -1, issue_stage = 0;
-    uint2 coming = make_uint2(0, 0);
-    const uint2* units = reinterpret_cast<const uint2*>(w.units);
-    if (begin < end) coming = __ldg(units + begin);
-    auto issue = [&]() {
-      if (issued < end) {
-        const uint2 entry = coming;
-        const int bits = int(entry.y & 255u), group = int(entry.y >> 8);
-        const uint8_t* from = tiles + int64_t(entry.x) * kLineBytes;
-        unsigned char* to = ring + issue_stage * work.slot_bytes;
-        if (lane < 8 * bits) ptx::cp_async16_hint(to + lane * 16, from + lane * 16, policy);
-        if (lane + 32 < 8 * bits) ptx::cp_async16_hint(to + (lane + 32) * 16, from + (lane + 32) * 16, policy);
-        if (group != issued_group && lane * 16 < record) {
-          ptx::cp_async16(to + bits * kLineBytes + lane * 16, records + int64_t(group) * record + lane * 16);
-        }
-        issued_group = group;
-        if (++issued < end) coming = __ldg(units + issued);
+    const UnitEntry* entries = w.units;
+    const uint8_t* records = w.scales + int64_t(column) * w.groups * w.record + lane * 16;
+    const uint8_t* from = w.tiles + int64_t(column) * w.tile_stride + lane * 16;
+    uint32_t coming = 0, issued = 0;  // bits_group of the unit to be issued next, and of the one before
+    if (begin < end) {
+      from += int64_t(__ldg(&entries[begin].line)) * kLineBytes;
+      coming = __ldg(&entries[begin].bits_group);
+    }
+    const bool of_record = lane * 16 < w.record;
+    auto issue = [&](int u, int at) {  // unit u, the one after the last issued, to `at` bytes in the ring
+      if (u < end) {
+        const int pieces = int(coming & 255u) * 8, bytes = pieces * 16;
+        unsigned char* to = ring + at + lane * 16;
+        if (lane < pieces) ptx::cp_async16_hint(to, from, policy);
+        if (lane + 32 < pieces) ptx::cp_async16_hint(to + 512, from + 512, policy);
+        if (coming != issued && of_record) ptx::cp_async16(to + bytes, records + int64_t(coming >> 8) * w.record);
+        issued = coming;
+        from += bytes;
+        if (u + 1 < end) coming = __ldg(&entries[u + 1].bits_group);
       }
       ptx::cp_async_commit();
-      issue_stage = issue_stage + 1 == kStages ? 0 : issue_stage + 1;
     };
     clear();
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) issue();
+    for (int i = 0; i < kStages - 1; ++i) issue(begin + i, i * work.slot_bytes);
     if (!waited) {  // weights do not depend on the kernel before this one, everything else does
       ptx::grid_wait();
       ptx::grid_launch_dependents();
       waited = true;
     }
-    const uint4* staged = static_cast<const uint4*>(work.staged);
+    const int row = first_row + (lane >> 2), rows_left = work.m - row;
+    const uint4* x_from = static_cast<const uint4*>(work.staged) + (int64_t(begin) * work.m + row) * 4 + (lane & 3);
+    const int64_t x_step = int64_t(work.m) * 4;
     Multiply next;  // only its x is used: of the unit after this one
-    if (kN8 <= 2 && begin < end) next.load_x(staged, begin, work.m, first_row, lane);
-    int stage = 0, running = -1;
-    for (int u = begin; u < end; ++u) {
-      if (kN8 <= 2) {
+    if (kN8 <= 2 && begin < end) next.load_x(x_from, rows_left);
+    uint32_t running = 0;
+    for (int u = begin, at = 0, last = (kStages - 1) * work.slot_bytes; u < end; ++u) {
+      if constexpr (kN8 <= 2) {
 #pragma unroll
         for (int j = 0; j < kN8; ++j) x[j] = next.x[j];
-        if (u + 1 < end) next.load_x(staged, u + 1, work.m, first_row, lane);
+        x_from += x_step;
+        if (u + 1 < end) next.load_x(x_from, rows_left);
       } else {
-        load_x(staged, u, work.m, first_row, lane);
+        load_x(x_from, rows_left);
+        x_from += x_step;
       }
-      const uint2 entry = __ldg(units + u);
-      const int bits = int(entry.y & 255u), group = int(entry.y >> 8);
+      const uint32_t entry = __ldg(&entries[u].bits_group);
+      const int bits = int(entry & 255u);
       ptx::cp_async_wait<kStages - 2>();
       __syncwarp();  // the tile is there for all lanes, and all have read the one before, which is overwritten next
-      issue();
-      const unsigned char* tile_bytes = ring + stage * work.slot_bytes;
-      if (group != running) {
-        if (running >= 0) scale_group();
-        scales.load(w, tile_bytes + bits * kLineBytes, bits, group, lane >> 2);
-        running = group;
+      issue(u + kStages - 1, last);
+      const unsigned char* tile_bytes = ring + at;
+      if (entry != running) {
+        if (running != 0) scale_group();
+        scales.load(w, tile_bytes + bits * kLineBytes, bits, int(entry >> 8), lane >> 2);
+        running = entry;
       }
       switch (bits) {
         case 2: unit<2>(tile_bytes, lane); break;
@@ -162,9 +164,10 @@ struct Multiply {
         case 6: unit<6>(tile_bytes, lane); break;
         default: unit<8>(tile_bytes, lane); break;
       }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      last = at;
+      at = at == (kStages - 1) * work.slot_bytes ? 0 : at + work.slot_bytes;
     }
-    if (running >= 0) scale_group();
+    if (running != 0) scale_group();
   }
 
   // Own sums to shared memory, [row][column].
@@ -199,7 +202,7 @@ __device__ __forceinline__ void finish(const LinearOutput& out, float sum, float
 
 // grid (blocks, row blocks)
 template <int ROWS, int WN, int WK, bool ROUNDED>
-__global__ void __launch_bounds__(32 * WN * WK) multiply(const LinearWork work) {
+__global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>::kResident)) multiply(const LinearWork work) {
   using M = Multiply<ROWS, WN, WK, ROUNDED>;
   EXL_DYN_SMEM(unsigned char, memory);
   EXL_SHARED(int, last, [1]);

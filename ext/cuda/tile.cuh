@@ -81,26 +81,29 @@ struct Codes {
 
 // What the codes of one group mean for a lane: entry i belongs to column 8i + g.
 struct GroupScales {
-  float scale[4];
-  uint32_t zero[4];  // two halves 1024 + zero-point
+  uint32_t halves[2];  // the scales of entries 0, 1 and 2, 3
+  uint32_t zero[4];    // two halves 1024 + zero-point
+
+  __device__ __forceinline__ __half scale(int i) const {
+    return __ushort_as_half(static_cast<unsigned short>(halves[i >> 1] >> (16 * (i & 1)) & 0xffffu));
+  }
 
   // record: of this group and tile column; in shared or global memory
   __device__ __forceinline__ void load(const CudaMatrix& w, const unsigned char* record, int bits, int group, int g) {
     if (w.kind == ScaleRecord::exl2) {
       const uint32_t nibbles = reinterpret_cast<const uint16_t*>(record)[g];
       const float most = __half2float(__ushort_as_half(__ldg(w.maxima + group)));
+      halves[0] = halves[1] = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int s = int(nibbles >> (4 * i) & 15u) + 1;
-        scale[i] = __half2float(__float2half_rn(float(s * s) * most));  // the format rounds here
+        const __half scale = __float2half_rn(float(s * s) * most);  // the format rounds here
+        halves[i >> 1] |= uint32_t(__half_as_ushort(scale)) << (16 * (i & 1));
       }
     } else {
-      const uint2 halves = reinterpret_cast<const uint2*>(record)[g];
-      const uint32_t words[2] = {halves.x, halves.y};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scale[i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i >> 1] >> (16 * (i & 1)) & 0xffffu)));
-      }
+      const uint2 both = reinterpret_cast<const uint2*>(record)[g];
+      halves[0] = both.x;
+      halves[1] = both.y;
     }
     if (w.kind == ScaleRecord::zeros) {
       const uint32_t bytes = reinterpret_cast<const uint32_t*>(record + 64)[g];

@@ -1,6 +1,6 @@
 // torch.ops.exl_cuda_emulated.*: how tests steer the emulation.
 #include "../binding/checks.h"
-#include "cuda_host.h"
+#include "control.h"
 
 namespace exl {
 namespace {
@@ -8,12 +8,11 @@ namespace {
 // order 0 forward, 1 reverse, 2 random with this seed: in which the threads and blocks of the next launches run.
 void emulation_order(int64_t order, int64_t seed) {
   EXL_CHECK(order >= 0 && order <= 2, "emulation_order: 0 forward, 1 reverse, 2 random, got ", order);
-  exl_emu::config().order = exl_emu::Order(order);
-  exl_emu::config().seed = uint64_t(seed);
+  exl_emu::set_order(exl_emu::Order(order), uint64_t(seed));
 }
 
 // Launches so far in this process.
-int64_t emulation_launches() { return int64_t(exl_emu::stats().launches); }
+int64_t emulation_launches() { return int64_t(exl_emu::launches()); }
 
 }  // namespace
 }  // namespace exl

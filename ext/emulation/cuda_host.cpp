@@ -17,6 +17,13 @@ Ctx* cur;
 Config& config() { return g_config; }
 Stats& stats() { return g_stats; }
 
+void set_order(Order order, uint64_t seed) {
+  g_config.order = order;
+  g_config.seed = seed;
+}
+
+uint64_t launches() { return g_stats.launches; }
+
 namespace {
 
 uint64_t random_number() {
@@ -128,7 +135,7 @@ void describe_deadlock() {
   g_failed = true;
 }
 
-void start_block(uint3 block_index, dim3 grid, dim3 block) {
+void start_block(unsigned number, uint3 block_index, dim3 grid, dim3 block) {
   g_done = g_waiting = g_generation = 0;
   g_count[0] = g_count[1] = 0;
   g_queue.clear();
@@ -137,11 +144,11 @@ void start_block(uint3 block_index, dim3 grid, dim3 block) {
   g_meetings.assign((g_threads + 31) / 32, {});
   {
     Quiet quiet;
-    g_dyn = g_dyn_bytes ? exact_alloc(128, g_dyn_bytes) : nullptr;
+    g_dyn = g_dyn_bytes ? shared_alloc(128, g_dyn_bytes) : nullptr;
   }
   g_block.resize(g_threads);
   ++g_turn;
-  const size_t set = tsan() ? g_turn % g_config.race_sets : 0;  // nothing orders two blocks but atomics and fences
+  const size_t set = tsan() ? number % g_config.race_sets : 0;  // nothing orders two blocks but atomics and fences
   for (unsigned i = 0; i < g_threads; ++i) {
     Fiber* f = g_block[i] = g_fibers[set * g_threads + i].get();
     if (!f->born) make_fiber(f);
@@ -162,19 +169,23 @@ void start_block(uint3 block_index, dim3 grid, dim3 block) {
 void end_block() {
   g_stats.threads += g_threads;
   ++g_stats.blocks;
-  if (g_dyn) g_slots.push_back({nullptr, 0, g_dyn});
+  if (g_dyn) g_slots.push_back({nullptr, g_dyn_bytes, g_dyn});
   for (Slot& s : g_slots) {
+    if (!g_failed && !guards_are_whole(s)) {
+      g_error = who(g_block[0]) + ": a thread wrote outside a shared array of " + std::to_string(s.bytes) + " bytes";
+      g_failed = true;
+    }
     if (tsan()) {
       g_graveyard.push_back(s.memory);
     } else {
-      std::free(s.memory);
+      shared_free(s.memory);
     }
   }
   g_slots.clear();
 }
 
-void run_block(uint3 block_index, dim3 grid, dim3 block) {
-  start_block(block_index, grid, block);
+void run_block(unsigned number, uint3 block_index, dim3 grid, dim3 block) {
+  start_block(number, block_index, grid, block);
   while (!g_failed && g_done < g_threads) {
     if (g_head == g_queue.size()) {
       describe_deadlock();
@@ -235,9 +246,10 @@ void launch_raw(const char* name, dim3 grid, dim3 block, size_t smem, Thunk fn, 
   if (g_config.order == Order::random) {
     for (size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_number() % i]);
   }
+  unsigned number = 0;
   for (size_t i : order) {
     const uint3 index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / (size_t(grid.x) * grid.y))};
-    run_block(index, grid, block);
+    run_block(number++, index, grid, block);
     if (g_failed) break;
   }
   if (g_failed && tsan()) {
@@ -248,7 +260,7 @@ void launch_raw(const char* name, dim3 grid, dim3 block, size_t smem, Thunk fn, 
     }
   }
   acquire(&g_end_sync);
-  for (void* p : g_graveyard) std::free(p);
+  for (void* p : g_graveyard) shared_free(p);
   g_graveyard.clear();
   cur = nullptr;
   if (!g_failed) return;

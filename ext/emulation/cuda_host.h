@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "../cuda/stream.h"
+#include "control.h"
 #include "cuda_types.h"
 
 #define __global__
@@ -33,8 +34,6 @@
 #define __shared__ static_assert(false, "use EXL_SHARED(T, name, [N]) or EXL_DYN_SMEM(T, name)");
 
 namespace exl_emu {
-
-enum class Order : int { forward = 0, reverse = 1, random = 2 };
 
 struct Config {
   Order order = Order::forward;

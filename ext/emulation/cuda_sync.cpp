@@ -11,7 +11,7 @@ void* shared_slot(const void* key, size_t bytes, size_t align, const char* file,
     total += s.bytes;
   }
   if (total > g_config.smem_limit) fail(file, line, "too much shared memory");
-  void* memory = exact_alloc(std::max<size_t>(align, 16), bytes);
+  void* memory = shared_alloc(align, bytes);
   g_slots.push_back({key, bytes, memory});
   return memory;
 }

@@ -86,12 +86,31 @@ inline uint64_t g_random;
 
 inline Fiber* me() { return static_cast<Fiber*>(cur); }
 
-inline void* exact_alloc(size_t align, size_t bytes) {
+// Shared memory: exactly `bytes` for AddressSanitizer, else between two guards that tell of a write outside.
+constexpr size_t kGuard = 1024;
+constexpr unsigned char kGuardByte = 0x5a, kRubbish = 0xff;  // rubbish is NaN as floating point
+
+inline void* shared_alloc(size_t align, size_t bytes) {
+  const size_t guard = asan() ? 0 : kGuard;
   void* p = nullptr;
-  if (posix_memalign(&p, align, bytes)) throw std::bad_alloc();
-  std::memset(p, 0xff, bytes);  // as floating point: NaN
-  return p;
+  if (posix_memalign(&p, std::max(align, size_t(128)), bytes + 2 * guard)) throw std::bad_alloc();
+  auto* start = static_cast<unsigned char*>(p);
+  std::memset(start, kGuardByte, guard);
+  std::memset(start + guard, kRubbish, bytes);
+  std::memset(start + guard + bytes, kGuardByte, guard);
+  return start + guard;
 }
+
+inline bool guards_are_whole(const Slot& slot) {
+  if (asan()) return true;
+  const auto* memory = static_cast<const unsigned char*>(slot.memory);
+  for (size_t i = 1; i <= kGuard; ++i) {
+    if (memory[-std::ptrdiff_t(i)] != kGuardByte || memory[slot.bytes + i - 1] != kGuardByte) return false;
+  }
+  return true;
+}
+
+inline void shared_free(void* memory) { std::free(static_cast<unsigned char*>(memory) - (asan() ? 0 : kGuard)); }
 
 inline void push(Fiber* f) {
   f->state = State::ready;

@@ -70,8 +70,6 @@ def card(request: pytest.FixtureRequest) -> Iterator[Card]:
         yield request.getfixturevalue("emulated")
         return
     device = torch.device("cuda")
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     if (why := native.cuda_refusal(device)) is not None:
         pytest.fail(why)
     yield Card(device=device, ops=native.cuda_ops(device), emulated=False)

@@ -18,8 +18,8 @@ HALF_LIMIT = 65504.0
 class DenseCuda(LinearKernel):
     """See the base class. Sums in float32.
 
-    bfloat16 weights are held as float16 where all fit: x is float16 here, and has three bits more than bfloat16. Weights
-    below 2^-14 lose precision then, by at most 2^-25. float32 weights, and bfloat16 ones out of range, stay.
+    bfloat16 weights are held as float16 where all fit: x is float16 here, and has three bits more than bfloat16.
+    Weights below 2^-14 lose precision then, by at most 2^-25. float32 weights, and bfloat16 ones out of range, stay.
     """
 
     backend: ClassVar[str] = "cuda"

@@ -52,9 +52,9 @@ class Plan:
 class PackedCuda(LinearKernel):
     """What the kernels of all packed formats share; see ext/cuda/skinny.h.
 
-    x float16, bfloat16 or float32. Inputs count as float16: other rows are scaled by a power of two into its range, so
-    that they lose precision below 2^-11 of a number and never overflow. Up to 32 rows at once a row's result is the same
-    bits in any batch.
+    x float16, bfloat16 or float32. Inputs are multiplied as float16: rows of other types are scaled by a power of two
+    so that their largest number fits, and keep 11 bits of every number down to 2^-28 of that. Up to 32 rows at once, a
+    row's result is the same bits in any batch.
     """
 
     backend: ClassVar[str] = "cuda"

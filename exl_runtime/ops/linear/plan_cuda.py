@@ -23,9 +23,7 @@ class Cut:
     slots: int  # of partial sums
 
 
-def cut(
-    matrices: Sequence[tuple[int, Sequence[int]]], *, width: int, blocks: int, fewest: int, most_slots: int
-) -> Cut:
+def cut(matrices: Sequence[tuple[int, Sequence[int]]], *, width: int, blocks: int, fewest: int, most_slots: int) -> Cut:
     """The plan for `blocks` blocks of threads that take `width` tile columns at a time.
 
     matrices    (outputs, lines before every unit and in all) of each
@@ -61,7 +59,8 @@ def _cut(matrices: Sequence[tuple[int, Sequence[int]]], width: int, blocks: int,
             unit = 0
         elif unit > len(lines) - 1 - fewest:
             group, unit = group + 1, 0
-        if (group, unit) > cuts[-1]:
+        last_group, last_unit = cuts[-1]
+        if group > last_group or (group == last_group and unit >= last_unit + fewest):
             cuts.append((group, unit))
     end = (len(groups), 0)
     if cuts[-1] < end:
