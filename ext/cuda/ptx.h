@@ -241,4 +241,19 @@ PTX_FN void grid_launch_dependents() {
 #endif
 }
 
+// Transposes an 8x8 matrix of 16-bit elements that lies in the lanes of a warp: lane (g, t) gives elements 2t, 2t+1 of
+// row g and gets element g of rows 2t and 2t+1.
+PTX_FN uint32_t movmatrix_trans(uint32_t a EXL_HERE_) {
+#if defined(__CUDACC__)
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
+  return r;
+#else
+  const int g = exl_emu::cur->lane / 4, t = exl_emu::cur->lane % 4;
+  const uint32_t low = __shfl_sync(~0u, a, 8 * t + g / 2, 32, f_, l_);
+  const uint32_t high = __shfl_sync(~0u, a, 8 * t + 4 + g / 2, 32, f_, l_);
+  return (low >> 16 * (g & 1) & 0xffffu) | high >> 16 * (g & 1) << 16;
+#endif
+}
+
 }  // namespace ptx
