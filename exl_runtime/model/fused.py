@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops import cuda_small
+from ..ops.attention.choose import refusal
+from ..ops.kv_cuda import rope_append
 from ..ops.linear.packed_cuda import multiply_together
 from .attention import Attention
 from .batch import ForwardBatch
@@ -35,11 +37,11 @@ class FusedTransformer(Transformer):
         """`forward` without the check for NaN, which waits for the device: float32 logits (L, vocab)."""
         return self._run(batch, kv, check=False)
 
-    def why_not_recorded(self) -> str | None:
-        """None if a pass of this model can be recorded, else what in it waits for the host."""
+    def why_not_recorded(self, kv: Layers) -> str | None:
+        """None if a pass over these pages can be recorded, else what in it waits for the host."""
         if any(not isinstance(block.mlp, Mlp) for block in self.blocks):
             return "a mixture of experts asks the host which experts to run"
-        return None
+        return refusal(self.spec.head_dim, kv.layer(0)[0])
 
     def angles(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
         """The frequencies of every rope that a pass over `batch` reads: whoever records one has to keep them alive."""
@@ -94,17 +96,16 @@ class FusedTransformer(Transformer):
         k_pages: Tensor,
         v_pages: Tensor,
     ) -> Tensor:
-        spec, ops, norms = self.spec, self.ops, attention.norms
+        spec, norms = self.spec, attention.norms
         dim, eps, offset = spec.head_dim, spec.norm_eps, spec.norm_weight_offset
         parts = _together((attention.query, attention.key, attention.value), h)
         q, k, v = (part.view(-1, part.shape[-1] // dim, dim) for part in parts)
         if norms is not None:
             q = cuda_small.rms_norm(q, norms.query, eps, offset)
             k = cuda_small.rms_norm(k, norms.key, eps, offset)
-        q, k = ops.rope(q, k, *rope)
-        ops.append_kv(k, v, k_pages, v_pages, batch.slots)
+        q = rope_append(q, k, v, *rope, k_pages, v_pages, batch.slots)
         lengths = (batch.q_starts, batch.kv_lengths, batch.pages)
-        attended = ops.paged_attention(
+        attended = self.ops.paged_attention(
             q, k_pages, v_pages, *lengths, spec.attention_scale, attention.window, spec.attention_softcap
         )
         return attended.reshape(-1, spec.heads * dim)

@@ -30,7 +30,7 @@ class Recordable(Protocol):
         """Float32 logits (L, vocab), without asking the host anything."""
         ...
 
-    def why_not_recorded(self) -> str | None:
+    def why_not_recorded(self, kv: KVStorage) -> str | None:
         """None, or what in a pass has to ask the host."""
         ...
 
@@ -144,7 +144,7 @@ class DecodeGraphs:
 
     def refuses(self, rows: Sequence[Row]) -> str | None:
         """None if `step` can take these rows, else why they have to run as usual."""
-        why = self._broken or self._recorder.why_not() or self._model.why_not_recorded()
+        why = self._broken or self._recorder.why_not() or self._model.why_not_recorded(self._kv)
         if why is not None:
             return why
         if not 1 <= len(rows) <= MOST_ROWS:

@@ -63,14 +63,8 @@ def _cpu() -> OpSet:
 
 def _cuda() -> OpSet:
     from . import cuda_small
-
-    try:
-        from .attention.cuda import paged_attention
-        from .kv_cuda import append_kv, rope
-    except ImportError:  # TEMPORARY
-        from .attention.reference import paged_attention
-        from .kv_append import append_kv
-        from .rope import rope
+    from .attention.cuda import paged_attention
+    from .kv_cuda import append_kv, rope
 
     return OpSet(
         backend="cuda",

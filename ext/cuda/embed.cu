@@ -1,4 +1,3 @@
-// registers: embed_rows 32
 #include "embed.h"
 
 #include <type_traits>

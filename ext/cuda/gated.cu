@@ -1,4 +1,3 @@
-// registers: gated_rows 48
 #include "gated.h"
 
 #include <type_traits>

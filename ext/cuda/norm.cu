@@ -1,4 +1,3 @@
-// registers: row_norm 64
 #include "norm.h"
 
 #include <type_traits>

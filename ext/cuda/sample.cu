@@ -1,4 +1,6 @@
-// registers: shape_rows 64, weigh_rows 64, draw_rows 64, advance_rows 32
+// registers: weigh_rows 64
+// registers: draw_rows 64
+// registers: shape_rows 64
 #include "sample.h"
 
 #include "element.cuh"

@@ -26,7 +26,7 @@ class Recordable(FakeTransformer):
     def run(self, batch, kv) -> torch.Tensor:
         return self.forward(batch, kv)
 
-    def why_not_recorded(self) -> None:
+    def why_not_recorded(self, kv) -> None:
         return None
 
     def angles(self, batch) -> tuple[()]:

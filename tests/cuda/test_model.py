@@ -109,5 +109,7 @@ def test_a_damaged_layer_is_named(emulated, root) -> None:
 
 
 def test_what_waits_for_the_host_is_not_recorded(emulated, root) -> None:
-    assert models(root, "llama", "exl2")[0].why_not_recorded() is None
-    assert "experts" in (models(root, "mixtral", "dense")[0].why_not_recorded() or "")
+    plain, experts = models(root, "llama", "exl2")[0], models(root, "mixtral", "dense")[0]
+    assert plain.why_not_recorded(new_cache(plain, type=FP16)) is None
+    assert "not of torch.float32" in (plain.why_not_recorded(new_cache(plain)) or "")
+    assert "experts" in (experts.why_not_recorded(new_cache(experts, type=FP16)) or "")
