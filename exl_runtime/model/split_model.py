@@ -16,6 +16,7 @@ from ..cache.storage import KVStorage
 from ..checkpoint.reader import Checkpoint
 from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
+from ..ops.linear import workspace_cuda
 from ..ops.table import OpSet
 from .batch import ForwardBatch
 from .block import Block
@@ -170,7 +171,7 @@ class SplitTransformer:
 
     def close(self) -> None:
         """Let go of all weights, and give the memory of the devices back."""
-        devices = {part.stage.device for part in self.parts}
+        devices = devices_of(self)
         self.parts.clear()
         self._moved.clear()
         free_devices(devices)
@@ -273,10 +274,20 @@ def make_part(
     )
 
 
+def devices_of(model: object) -> set[torch.device]:
+    """The devices that hold weights of a model."""
+    if isinstance(model, SplitTransformer):
+        return {part.stage.device for part in model.parts}
+    return {model.device} if isinstance(model, Transformer) else set()
+
+
 def free_devices(devices: set[torch.device]) -> None:
-    """Return what torch keeps of these GPUs' memory to the driver; cycles that hold tensors are collected first."""
+    """Return what nobody uses of these GPUs' memory to the driver; cycles that hold tensors are collected first."""
+    cards = [device for device in devices if device.type == "cuda"]
+    if not cards:
+        return
     gc.collect()
-    for device in devices:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.empty_cache()
+    for device in cards:
+        workspace_cuda.release(device)
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
