@@ -13,7 +13,7 @@ constexpr float kLeast = 1e-30f, kMost = 1e37f;  // of a float32 sum of squares 
 
 // The rows of a block: one, or one for every warp. x is written only where there is a delta.
 template <int WARPS_PER_ROW, bool ADD, class X, class D, class Y>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 4)
     row_norm(X* x, const D* __restrict__ delta, const float* __restrict__ weight,
              const int32_t* __restrict__ order, Y* y, int64_t rows, int cols, float eps, float offset) {
   EXL_SHARED(double, parts, [kWarps]);
