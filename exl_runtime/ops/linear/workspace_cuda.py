@@ -1,0 +1,96 @@
+"""Buffers that all matrices on one card share: staged inputs, partial sums, weights on their way to a library call.
+
+Sized when matrices are built, never per call. Products on one card run one after another on one stream, so sharing is
+safe; a second stream would need a second workspace.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .plan_cuda import SEGMENT_WORDS, Cut, cut
+
+SKINNY_ROWS, SKINNY_WIDTH = 32, 2  # ext/cuda/skinny.h
+GEMM_ROWS, GEMM_WIDTH = 64, 4
+MOST_ROWS = 256
+BLOCKS_PER_PROCESSOR = 2
+FEWEST_UNITS = 16  # of a segment: four for each part of a block of threads
+PANEL_BYTES = 32 << 20  # of weights in half precision: stays in the second-level cache of most cards
+
+
+@dataclass(eq=False)
+class Workspace:
+    """One card's buffers. Outgrown ones are kept: a recorded graph may still hold their addresses."""
+
+    device: torch.device
+    processors: int
+    partials: Tensor
+    tickets: Tensor  # int32, all zero between launches
+    staged: Tensor
+    factors: Tensor
+    panel: Tensor
+    outgrown: list[Tensor] = field(default_factory=list)
+
+    def reserve(self, positions: int, inputs: int) -> None:
+        """Room for `positions` of a staged input, and for one tile column of `inputs` weights."""
+        if self.staged.numel() < positions * MOST_ROWS:
+            self.outgrown.append(self.staged)
+            self.staged = torch.empty(positions * MOST_ROWS, dtype=torch.float16, device=self.device)
+        least = max(inputs * 32, min(PANEL_BYTES // 2, inputs * 2048))
+        if self.panel.numel() < least:
+            self.outgrown.append(self.panel)
+            self.panel = torch.empty(least, dtype=torch.float16, device=self.device)
+
+    def cuts(self, matrices: list[tuple[int, tuple[int, ...]]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Segments, first and slots of the three ranges of batch sizes (linear_plan), on the card."""
+        blocks = self.processors * BLOCKS_PER_PROCESSOR
+        room = self.tickets.numel()
+        plans = [
+            cut(matrices, width=SKINNY_WIDTH, blocks=blocks, fewest=FEWEST_UNITS, most_slots=room),
+            cut(matrices, width=GEMM_WIDTH, blocks=blocks, fewest=FEWEST_UNITS, most_slots=room),
+            cut(matrices, width=GEMM_WIDTH, blocks=-(-blocks // 4), fewest=FEWEST_UNITS, most_slots=room // 4),
+        ]
+        segments, first = [], []
+        for plan in plans:
+            segments.append(self._table(plan))
+            first.append(torch.tensor(plan.first, dtype=torch.int32, device=self.device))
+        return segments, first, [plan.slots for plan in plans]
+
+    def _table(self, plan: Cut) -> Tensor:
+        rows = torch.tensor(plan.segments, dtype=torch.int32).view(-1, SEGMENT_WORDS)
+        return rows.to(self.device)
+
+
+_workspaces: dict[torch.device, Workspace] = {}
+
+
+def workspace(device: torch.device) -> Workspace:
+    """The workspace of `device`, made on first use."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    found = _workspaces.get(device)
+    if found is None:
+        found = _workspaces[device] = _make(device)
+    return found
+
+
+def release(device: torch.device) -> None:
+    """Forget the workspace of `device`: its memory is freed once no matrix uses it any more."""
+    _workspaces.pop(device, None)
+
+
+def _make(device: torch.device) -> Workspace:
+    processors = native.cuda_ops(device).multiprocessors(torch.empty(0, device=device))
+    # A cut inside a column group makes at most two more partial sums, and there are fewer cuts than blocks.
+    slots = 2 * processors * BLOCKS_PER_PROCESSOR + 8
+    return Workspace(
+        device=device,
+        processors=processors,
+        partials=torch.empty(slots * GEMM_ROWS * GEMM_WIDTH * 32, dtype=torch.float32, device=device),
+        tickets=torch.zeros(slots, dtype=torch.int32, device=device),
+        staged=torch.empty(0, dtype=torch.float16, device=device),
+        factors=torch.ones(MOST_ROWS, dtype=torch.float32, device=device),
+        panel=torch.empty(0, dtype=torch.float16, device=device),
+    )
