@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_matrices import EVERY_WIDTH, assert_sums, exl2, gptq, halves, packed, random
+from cuda_matrices import EVERY_WIDTH, assert_sums, exl2, gptq, halves, packed, random, unrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import dense_tensors, exl2_tensors
@@ -13,11 +13,12 @@ from oracles import same_bits
 
 from exl_runtime.errors import BackendUnavailable
 from exl_runtime.formats import LinearShape, load_linear
+from exl_runtime.ops.activation import gated
 from exl_runtime.ops.linear import select, workspace_cuda
 from exl_runtime.ops.linear.dense_cuda import DenseCuda
 from exl_runtime.ops.linear.exl2_cuda import Exl2Cuda
 from exl_runtime.ops.linear.gptq_cuda import GptqCuda
-from exl_runtime.ops.linear.packed_cuda import into_half, multiply_together
+from exl_runtime.ops.linear.packed_cuda import gated_together, into_half, multiply_together
 from exl_runtime.ops.linear.plan_cuda import cut
 
 Card = Any
@@ -93,6 +94,42 @@ def test_together(card: Card, rows: int) -> None:
         first = multiply_together(kernels, *card.on(x[:1]))
         assert first is not None
         assert all(same_bits(a, b[:1]) for a, b in zip(first, results, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_gated(card: Card, activation: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace_cuda, "FEWEST_UNITS", 2)
+    formats = same_order((EVERY_WIDTH, 168), ([(5, 160), (4, 160)], 168))
+    gate, up = (packed(w, card.device) for w in formats)
+    x = halves(rows, 320) * 8
+    y = gated_together(gate, up, *card.on(x), activation, wide=True)
+    assert y is not None and y.dtype == torch.float32
+    exact = unrounded if rows <= 32 else lambda w: w.dequantize().double()
+    expected = gated(x.double() @ exact(formats[0]), x.double() @ exact(formats[1]), activation)
+    sizes = [x.double().abs() @ exact(w).abs() for w in formats]
+    relative = (320 / 8 + 64) * 2.0**-22
+    ups = x.double() @ exact(formats[1])
+    # An activation is at most 1.13 times as steep as its input; evaluated within 2^-20 of its input's size.
+    bound = relative * (1.13 * sizes[0] * (ups.abs() + sizes[1] * relative) + sizes[0] * sizes[1])
+    bound = bound + 2.0**-20 * sizes[0] * ups.abs()
+    assert ((y.cpu().double() - expected).abs() <= bound).all()
+    assert bound.mean() < 1e-2 * expected.abs().mean()  # or it would say nothing
+    half = gated_together(gate, up, *card.on(x), activation)
+    assert half is not None and same_bits(half, y.half())
+    if rows == 20:
+        card.every_order(lambda: gated_together(gate, up, *card.on(x), activation, wide=True))
+        for some in (1, 8, 9):
+            few = gated_together(gate, up, *card.on(x[:some]), activation, wide=True)
+            assert few is not None and same_bits(few, y[:some])
+
+
+def test_not_gated(card: Card) -> None:
+    a, b = (packed(w, card.device) for w in same_order((EVERY_WIDTH, 64), (EVERY_WIDTH, 32)))
+    (x,) = card.on(halves(2, 320))
+    assert gated_together(a, b, x, "silu") is None
+    assert gated_together(a, a, x, "tanh") is None
+    assert gated_together(a, packed(exl2(EVERY_WIDTH, 64, seed=3), card.device), x, "silu") is None
 
 
 def test_not_together(card: Card) -> None:

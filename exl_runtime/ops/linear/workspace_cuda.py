@@ -4,6 +4,7 @@ Sized when matrices are built, never per call. Products on one card run one afte
 safe; a second stream would need a second workspace.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,20 +44,31 @@ class Workspace:
             self.outgrown.append(self.panel)
             self.panel = torch.empty(least, dtype=torch.float16, device=self.device)
 
-    def cuts(self, matrices: list[tuple[int, tuple[int, ...]]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Segments, first and slots of the three ranges of batch sizes (linear_plan), on the card."""
+    def cuts(
+        self, matrices: Sequence[tuple[int, tuple[int, ...]]], *, gated: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Segments, first and slots of the three ranges of batch sizes (linear_plan), on the card.
+
+        matrices  (outputs, lines before every unit and in all) of each; two if `gated`, which share every column group
+        """
         blocks = self.processors * BLOCKS_PER_PROCESSOR
         room = self.tickets.numel()
-        plans = [
-            cut(matrices, width=SKINNY_WIDTH, blocks=blocks, fewest=FEWEST_UNITS, most_slots=room),
-            cut(matrices, width=GEMM_WIDTH, blocks=blocks, fewest=FEWEST_UNITS, most_slots=room),
-            cut(matrices, width=GEMM_WIDTH, blocks=-(-blocks // 4), fewest=FEWEST_UNITS, most_slots=room // 4),
-        ]
-        segments, first = [], []
-        for plan in plans:
+        narrow = 1
+        if gated:
+            narrow = 2
+            (outputs, first_lines), (_, second_lines) = matrices
+            matrices = [(outputs, tuple(a + b for a, b in zip(first_lines, second_lines, strict=True)))]
+        segments, first, slots = [], [], []
+        for width, count, most in (
+            (SKINNY_WIDTH, blocks, room),
+            (GEMM_WIDTH, blocks, room),
+            (GEMM_WIDTH, -(-blocks // 4), room // 4),
+        ):
+            plan = cut(matrices, width=width // narrow, blocks=count, fewest=FEWEST_UNITS, most_slots=most)
             segments.append(self._table(plan))
             first.append(torch.tensor(plan.first, dtype=torch.int32, device=self.device))
-        return segments, first, [plan.slots for plan in plans]
+            slots.append(plan.slots)
+        return segments, first, slots
 
     def _table(self, plan: Cut) -> Tensor:
         rows = torch.tensor(plan.segments, dtype=torch.int32).view(-1, SEGMENT_WORDS)
