@@ -53,10 +53,12 @@ struct Multiply {
     }
   }
 
-  // from: this lane's piece of row lane / 4. Rows past the last stay zero: their results are never read.
+  // from: this lane's piece of its row of the first eight, which is the last row for lanes past it: what they multiply is
+  // never read. rows_left: rows from lane / 4 on.
   __device__ __forceinline__ void load_x(const uint4* from, int rows_left) {
+    x[0] = from[0];
 #pragma unroll
-    for (int j = 0; j < kN8; ++j) {
+    for (int j = 1; j < kN8; ++j) {
       x[j] = make_uint4(0, 0, 0, 0);
       if (8 * j < rows_left) x[j] = from[32 * j];
     }
@@ -130,7 +132,8 @@ struct Multiply {
       waited = true;
     }
     const int row = first_row + (lane >> 2), rows_left = work.m - row;
-    const uint4* x_from = static_cast<const uint4*>(work.staged) + (int64_t(begin) * work.m + row) * 4 + (lane & 3);
+    const uint4* x_from = static_cast<const uint4*>(work.staged) +
+                          (int64_t(begin) * work.m + min(row, work.m - 1)) * 4 + (lane & 3);
     const int64_t x_step = int64_t(work.m) * 4;
     Multiply next;  // only its x is used: of the unit after this one
     if (kN8 <= 2 && begin < end) next.load_x(x_from, rows_left);
@@ -139,7 +142,7 @@ struct Multiply {
       if constexpr (kN8 <= 2) {
 #pragma unroll
         for (int j = 0; j < kN8; ++j) x[j] = next.x[j];
-        if (u + 1 < end) next.load_x(x_from + x_step, rows_left);
+        next.load_x(u + 1 < end ? x_from + x_step : x_from, rows_left);
       } else {
         load_x(x_from, rows_left);
       }
