@@ -1,7 +1,9 @@
 """The choice of CUDA matrices, dense ones, several at once, and how work is cut."""
 
+import gc
 from itertools import accumulate
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -168,6 +170,19 @@ def test_outgrown_buffers_stay_for_recorded_graphs(card: Card, monkeypatch: pyte
     assert space.staged is before
     space.reserve(128, 128)
     assert space.staged is not before and any(old is before for old in space.outgrown)
+
+
+def test_the_last_matrix_takes_the_buffers_along(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace_cuda, "_workspaces", WeakValueDictionary())
+    first, second = (packed(exl2(EVERY_WIDTH, 32), card.device) for _ in range(2))
+    first(*card.on(halves(1, 320)))
+    del first
+    gc.collect()
+    assert len(workspace_cuda._workspaces) == 1
+    second(*card.on(halves(1, 320)))
+    del second
+    gc.collect()
+    assert len(workspace_cuda._workspaces) == 0
 
 
 @settings(max_examples=60, deadline=None)

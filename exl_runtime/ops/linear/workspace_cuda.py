@@ -4,8 +4,9 @@ Sized when matrices are built, never per call. Products on one card run one afte
 safe; a second stream would need a second workspace.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class Workspace:
         return rows.to(self.device)
 
 
-_workspaces: dict[torch.device, Workspace] = {}
+# A workspace lives as long as a matrix uses it: a closed model leaves nothing on the card.
+_workspaces: MutableMapping[torch.device, Workspace] = WeakValueDictionary()
 
 
 def workspace(device: torch.device) -> Workspace:
@@ -86,11 +88,6 @@ def workspace(device: torch.device) -> Workspace:
     if found is None:
         found = _workspaces[device] = _make(device)
     return found
-
-
-def release(device: torch.device) -> None:
-    """Forget the workspace of `device`: its memory is freed once no matrix uses it any more."""
-    _workspaces.pop(device, None)
 
 
 def _make(device: torch.device) -> Workspace:
