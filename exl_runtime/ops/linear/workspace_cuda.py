@@ -18,7 +18,7 @@ SKINNY_ROWS, SKINNY_WIDTH = 32, 2  # ext/cuda/skinny.h
 GEMM_ROWS, GEMM_WIDTH = 64, 4
 MOST_ROWS = 256
 BLOCKS_PER_PROCESSOR = 2
-FEWEST_UNITS = 16  # of a segment: four for each part of a block of threads
+FEWEST_UNITS = 8  # of a segment: two for each part of a block of threads
 PANEL_BYTES = 32 << 20  # of weights in half precision: stays in the second-level cache of most cards
 
 
