@@ -9,6 +9,7 @@ The environment is read here and nowhere else:
     EXL_CACHE_DIR       folder for built libraries (default $XDG_CACHE_HOME/exl_runtime or ~/.cache/exl_runtime)
     EXL_DISABLE_NATIVE  "1": behave as if no compiler were there; for debugging
     CXX                 the C++ compiler to use
+    CUDA_HOME           the folder of the CUDA toolkit to use (else CUDA_PATH)
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from ext import cache as caches
 from ext.lock import file_lock, owner
 from ext.plan import BINDINGS, LIBRARY, Plan, binding_unit, make_plan, ninja_file
 from ext.progress import StandardError
+from ext.recipe import NINJA, Recipe
 from ext.toolchain import find_compiler, find_ninja, find_torch, parallel_jobs
 
 Progress = Callable[[str], None]
@@ -37,10 +39,11 @@ ERROR_LINES = 25
 class Settings:
     """Where to build what. The defaults are for tests and tools; programs use `from_environment`."""
 
-    root: Path = Path(__file__).parent  # the folder with binding/, cpu/, common/
+    root: Path = Path(__file__).parent  # the folder with binding/, cpu/, cuda/, common/
     cache: Path | None = None  # None: the user's cache folder
     xdg_cache: str | None = None
     compiler: str | None = None  # None: the first known one on PATH
+    cuda_home: str | None = None  # None: nvcc on PATH, or in the usual places
     disabled: bool = False
     timeout: float = 600.0  # seconds, waiting for another process's build included
 
@@ -52,6 +55,7 @@ class Settings:
             cache=Path(folder) if folder else None,
             xdg_cache=os.environ.get("XDG_CACHE_HOME"),
             compiler=os.environ.get("CXX") or None,
+            cuda_home=os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None,
             disabled=os.environ.get("EXL_DISABLE_NATIVE", "") not in ("", "0"),
         )
 
@@ -81,39 +85,57 @@ def plan_for(settings: Settings) -> Plan:
     return make_plan(settings.root, compiler, find_torch())
 
 
-def build(settings: Settings, progress: Progress | None = None, *, again: bool = False) -> Built:
-    """The library for these settings, built now unless a whole one is cached. `again` builds in any case.
+def recipe_for(settings: Settings) -> Recipe:
+    """How to build the CPU kernels with these settings. Raises BackendUnavailable if this machine cannot."""
+    plan = plan_for(settings)
+    return Recipe(
+        key=plan.key,
+        library=LIBRARY,
+        title="native kernels",
+        files={NINJA: ninja_file(plan), BINDINGS: binding_unit(plan)},
+        compiler=f"{plan.compiler.path} ({plan.compiler.version})",
+        torch=plan.torch.version,
+    )
+
+
+MakeRecipe = Callable[[Settings], Recipe]
+
+
+def build(
+    settings: Settings, progress: Progress | None = None, *, again: bool = False, make: MakeRecipe = recipe_for
+) -> Built:
+    """The library that `make` describes, built now unless a whole one is cached. `again` builds in any case.
 
     Raises BackendUnavailable (no compiler, no ninja, switched off) or BuildError (it did not compile, time is up).
     """
-    return _build(settings, progress, again, time.monotonic() + settings.timeout)
+    return _build(settings, progress, again, time.monotonic() + settings.timeout, make)
 
 
-def _build(settings: Settings, progress: Progress | None, again: bool, deadline: float) -> Built:
-    plan = plan_for(settings)
+def _build(settings: Settings, progress: Progress | None, again: bool, deadline: float, make: MakeRecipe) -> Built:
+    recipe = make(settings)
     cache = settings.open_cache()
-    final = cache / plan.key
+    final = cache / recipe.key
     if not again and (known := caches.verified(final)) is not None:
-        return Built(file=final / known.file, key=plan.key, fresh=False, seconds=known.seconds)
+        return Built(file=final / known.file, key=recipe.key, fresh=False, seconds=known.seconds)
     ninja = find_ninja()
     report = StandardError() if progress is None else progress
     with file_lock(cache / caches.LOCK, timeout=deadline - time.monotonic(), report=report):
         if not again and (known := caches.verified(final)) is not None:  # built while we waited
-            return Built(file=final / known.file, key=plan.key, fresh=False, seconds=known.seconds)
-        caches.sweep(cache, keep=plan.key)  # we hold the lock: whoever made a partial folder is dead
+            return Built(file=final / known.file, key=recipe.key, fresh=False, seconds=known.seconds)
+        caches.sweep(cache, keep=recipe.key)  # we hold the lock: whoever made a partial folder is dead
         started = time.monotonic()
-        partial = cache / f"{caches.PARTIAL}{plan.key}-{os.getpid()}"
+        partial = cache / f"{caches.PARTIAL}{recipe.key}-{os.getpid()}"
         partial.mkdir()
-        log = cache / "logs" / f"{plan.key}.log"
+        log = cache / "logs" / f"{recipe.key}.log"
         try:
-            _compile(plan, partial, ninja, log, deadline, report)
+            _compile(recipe, partial, ninja, log, deadline, report)
             seconds = time.monotonic() - started
-            unchanged = plan_for(settings).key == plan.key
+            unchanged = make(settings).key == recipe.key
             for leftover in partial.iterdir():
-                if leftover.name != LIBRARY:
+                if leftover.name != recipe.library:
                     leftover.unlink()
             caches.write_manifest(
-                partial, LIBRARY, seconds=seconds, compiler=plan.compiler.version, torch=plan.torch.version
+                partial, recipe.library, seconds=seconds, compiler=recipe.compiler, torch=recipe.torch
             )
             if unchanged:
                 caches.install(partial, final)
@@ -125,13 +147,13 @@ def _build(settings: Settings, progress: Progress | None, again: bool, deadline:
         finally:
             if partial.exists():
                 caches.discard(partial)
-        report(f"native kernels are ready ({seconds:.0f} s)" if unchanged else "a source changed meanwhile: once more")
+        report(f"{recipe.title} are ready ({seconds:.0f} s)" if unchanged else "a source changed meanwhile: once more")
     if not unchanged:  # the result is not what its key says
-        return _build(settings, progress, again, deadline)
-    return Built(file=final / LIBRARY, key=plan.key, fresh=True, seconds=seconds)
+        return _build(settings, progress, again, deadline, make)
+    return Built(file=final / recipe.library, key=recipe.key, fresh=True, seconds=seconds)
 
 
-def load(settings: Settings | None = None, progress: Progress | None = None) -> Built:
+def load(settings: Settings | None = None, progress: Progress | None = None, *, make: MakeRecipe = recipe_for) -> Built:
     """Build if necessary, and register the operators with torch. Once per process.
 
     A cached library that does not load is built again, once.
@@ -139,13 +161,13 @@ def load(settings: Settings | None = None, progress: Progress | None = None) -> 
     import torch
 
     chosen = Settings.from_environment() if settings is None else settings
-    built = build(chosen, progress)
+    built = build(chosen, progress, make=make)
     try:
         torch.ops.load_library(built.file)
     except OSError as first:
         if built.fresh:
             raise BuildError(f"{built.file} was built but does not load: {first}") from first
-        built = build(chosen, progress, again=True)
+        built = build(chosen, progress, again=True, make=make)
         try:
             torch.ops.load_library(built.file)
         except OSError as second:
@@ -165,16 +187,15 @@ def clean(settings: Settings | None = None, *, wait: float = 5.0) -> int:
         ) from err
 
 
-def _compile(plan: Plan, folder: Path, ninja: str, log: Path, deadline: float, report: Progress) -> None:
+def _compile(recipe: Recipe, folder: Path, ninja: str, log: Path, deadline: float, report: Progress) -> None:
     """Run ninja in `folder`, telling `report` about every second how far it is. Raises BuildError."""
     log.parent.mkdir(exist_ok=True)
-    (folder / BINDINGS).write_text(binding_unit(plan), encoding="utf-8")
-    started, text = time.monotonic(), ninja_file(plan)
-    total = text.count("\nbuild ")
-    (folder / "build.ninja").write_text(text, encoding="utf-8")
+    started = time.monotonic()
+    for name, text in recipe.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     command = [ninja, "-C", str(folder), "-j", str(parallel_jobs()), "-v"]
     with open(log, "w", encoding="utf-8", errors="replace") as out:
-        out.write(f"{plan.compiler.path}: {plan.compiler.version}; torch {plan.torch.version}\n{' '.join(command)}\n")
+        out.write(f"{recipe.compiler}; torch {recipe.torch}\n{' '.join(command)}\n")
         out.flush()
         try:
             process = subprocess.Popen(
@@ -193,12 +214,12 @@ def _compile(plan: Plan, folder: Path, ninja: str, log: Path, deadline: float, r
         try:
             while True:
                 elapsed = time.monotonic() - started
-                report(f"building native kernels, once: {counter.done}/{total} files, {elapsed:.0f} s")
+                report(f"building {recipe.title}, once: {counter.done}/{recipe.steps} files, {elapsed:.0f} s")
                 if counter.finished.wait(0.5):
                     break
                 if time.monotonic() > deadline:
                     raise BuildError(
-                        f"the build of the native kernels did not finish in time (after {elapsed:.0f} s); log: {log}",
+                        f"the build of the {recipe.title} did not finish in time (after {elapsed:.0f} s); log: {log}",
                         hint="see what the machine is busy with, then start again",
                     )
             try:  # its output has ended, so it is about to
@@ -210,8 +231,7 @@ def _compile(plan: Plan, folder: Path, ninja: str, log: Path, deadline: float, r
             counter.join()
     if status != 0:
         raise BuildError(
-            f"the native kernels do not compile with {plan.compiler.path} ({plan.compiler.version})\n"
-            f"{counter.error_text()}\n  log: {log}",
+            f"the {recipe.title} do not compile with {recipe.compiler}\n{counter.error_text()}\n  log: {log}",
             hint="the program runs without them, slowly; set EXL_DISABLE_NATIVE=1 to stop trying",
         )
 

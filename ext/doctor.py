@@ -4,15 +4,15 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from exl_runtime.errors import BackendUnavailable, ExlError
+from exl_runtime.errors import BackendUnavailable
 from ext import cache as caches
+from ext import cuda_doctor
 from ext.build import Settings, plan_for
+from ext.facts import Check, library_check
 from ext.lock import held, owner
 from ext.toolchain import INSTALL_COMPILER, find_compiler, find_ninja, free_memory
 
@@ -24,16 +24,6 @@ OPTIONAL = {  # distribution: what one gains by it
 }
 LOW_MEMORY = 2 << 30
 LOW_DISK = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One fact. `ok` is None where there is nothing to judge; `advice` is what to do if it is not ok."""
-
-    name: str
-    ok: bool | None
-    detail: str
-    advice: str | None = None
 
 
 def checks(settings: Settings | None = None) -> list[Check]:
@@ -50,7 +40,7 @@ def checks(settings: Settings | None = None) -> list[Check]:
         _cpu(),
         _memory(),
         _disk(cache),
-        *_cuda(),
+        *cuda_doctor.checks(chosen, cache),
         *(_optional(name, gain) for name, gain in OPTIONAL.items()),
     ]
 
@@ -98,21 +88,7 @@ def _cache(settings: Settings, cache: Path) -> Check:
 
 
 def _library(settings: Settings, cache: Path) -> Check:
-    name = "native kernels"
-    try:
-        plan = plan_for(settings)
-    except ExlError as err:
-        return Check(name, False, f"cannot be built: {err.problem}", err.hint)
-    manifest = caches.verified(cache / plan.key)
-    if manifest is not None:
-        size = f"{manifest.size / 1e6:.1f} MB"
-        return Check(name, True, f"built in {manifest.seconds:.0f} s, {size}, {cache / plan.key / manifest.file}")
-    log = cache / "logs" / f"{plan.key}.log"
-    if (cache / plan.key).exists():
-        return Check(name, None, "the built library is damaged; the next start builds it again")
-    if log.exists():
-        return Check(name, False, f"the last build failed or was interrupted; its log: {log}", "read the log")
-    return Check(name, None, "not built yet for this version; the first start builds them, in under a minute")
+    return library_check("native kernels", cache, lambda: plan_for(settings).key, "in under a minute")
 
 
 def _cpu() -> Check:
@@ -150,37 +126,6 @@ def _disk(cache: Path) -> Check:
         return Check("disk", None, f"unknown: {err}")
     good = free >= LOW_DISK
     return Check("disk", good, f"{free / 2**30:.1f} GiB free at {cache}", None if good else "free some space")
-
-
-def _cuda() -> list[Check]:
-    driver = _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
-    if driver is None:
-        return [Check("gpu", None, "no NVIDIA driver found; the CPU is used")]
-    found = [Check("gpu", True, "; ".join(line.strip() for line in driver.splitlines() if line.strip()))]
-    try:
-        import torch
-
-        usable, build = torch.cuda.is_available(), torch.version.cuda
-    except (ImportError, OSError):
-        usable, build = False, None
-    if not usable:
-        why = "this torch is a CPU build" if build is None else f"torch (CUDA {build}) cannot use the driver"
-        found.append(Check("cuda in torch", False, why, "install a torch with a CUDA version the driver supports"))
-    nvcc = shutil.which("nvcc") or next((str(p) for p in [Path("/usr/local/cuda/bin/nvcc")] if p.is_file()), None)
-    version = _output([nvcc, "--version"]) if nvcc else None
-    release = next((line.strip() for line in (version or "").splitlines() if "release" in line), None)
-    detail = f"{release} ({nvcc})" if release else "not found"
-    found.append(Check("nvcc", None, detail))
-    return found
-
-
-def _output(command: list[str]) -> str | None:
-    """What a helper program prints, or None if it is missing, fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
 
 
 def _optional(distribution: str, gain: str) -> Check:

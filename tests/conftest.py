@@ -38,17 +38,35 @@ def ember() -> Path:
     return ROOT / "tests" / "data" / "ember-6m"
 
 
+def no_card() -> str | None:
+    """None if torch sees an NVIDIA card, else why not."""
+    import torch
+
+    return None if torch.cuda.is_available() else "no NVIDIA GPU here"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where there is a card, and are skipped elsewhere."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if marked and (why := no_card()) is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
 def unavailable(backend: str) -> str | None:
     """None if `backend` runs here, else why not."""
     if backend == "reference":
         return None
-    if backend == "cuda":
-        return "no CUDA backend in this version"
     from exl_runtime.errors import BackendUnavailable, BuildError
     from exl_runtime.ops import native
 
     try:
-        native.ensure_loaded()
+        if backend == "cuda":
+            if (why := no_card()) is not None:
+                return why
+            native.ensure_cuda()
+        else:
+            native.ensure_loaded()
     except BuildError:
         raise  # a compiler is here and the kernels do not build: that is a failure, nothing to skip over
     except BackendUnavailable as err:
@@ -56,9 +74,9 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
+@pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that this machine can run, one after another."""
+    """Every backend of the CPU, one after another. CUDA is tested in tests/cuda, on any machine, by emulation."""
     if why := unavailable(request.param):
         pytest.skip(why)
     return request.param

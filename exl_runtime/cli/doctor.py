@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"exl: removed the built kernels ({size(freed)}); they are built again when needed\n")
     if args.build:
         native.ensure_loaded()
+        if native.card_present():
+            native.ensure_cuda()
         sys.stderr.write("exl: the native kernels are built and loaded\n")
     if args.clean and not args.build and not args.json:
         return 0

@@ -58,6 +58,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
+        "--gpu-split",
+        metavar="SPLIT",
+        help="spread the model over several GPUs, and over the CPU where they are full: auto, or GiB for each GPU in "
+        "order, as in 20,24 (default: one device)",
+    )
+    group.add_argument(
         "--draft", metavar="FOLDER", help="a smaller model with the same tokens guesses ahead: faster, the same text"
     )
     group.add_argument(
@@ -224,6 +230,7 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             context=args.context,
             cache=args.cache,
             accuracy=args.accuracy,
+            gpu_split=args.gpu_split,
             threads=args.threads,
             template=args.template,
             draft=args.draft,

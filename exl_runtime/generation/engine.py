@@ -15,6 +15,7 @@ from ..cache.storage import KVStorage
 from ..cache.window import Cut
 from ..errors import CacheFull, UsageError
 from ..sampling.draw import Draw, with_logprobs
+from .decoding import Decoder
 from .request import RequestState, StopReason, TokenLogprob
 from .runner import Runner
 from .scheduler import Chunk, Scheduler, Step
@@ -53,6 +54,7 @@ class Engine:
         context: int,
         cut: Callable[[int, int], Cut],
         clock: Callable[[], float],
+        decoder: Decoder | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.totals = Totals()
@@ -63,6 +65,7 @@ class Engine:
         self._context = context
         self._cut = cut
         self._clock = clock
+        self._decoder = decoder
 
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
@@ -104,6 +107,10 @@ class Engine:
 
     def _execute(self, chunks: Many[Chunk], events: list[Event]) -> None:
         ready = [chunk for chunk in chunks if self._copied(chunk.sequence, events)]
+        drawn = self._decoder.run(ready) if self._decoder is not None and ready else None
+        if drawn is not None:
+            self._take(ready, drawn, events)
+            return
         outcomes = self._runner.run(ready) if ready else []
         self._speculator.follow(ready)
         for chunk, outcome in zip(ready, outcomes, strict=True):
@@ -112,6 +119,21 @@ class Engine:
                 continue
             try:
                 self._settle(chunk, outcome, events)
+            except Exception as err:  # its owner gets it; the neighbours go on
+                self._fail(chunk.sequence, err, events)
+
+    def _take(self, chunks: Many[Chunk], tokens: Many[int], events: list[Event]) -> None:
+        """The device drew the tokens itself."""
+        self._speculator.follow(chunks)
+        for chunk, token in zip(chunks, tokens, strict=True):
+            sequence = chunk.sequence
+            try:
+                self.scheduler.commit(chunk)
+                self._advance(sequence, Draw(token), events)
+                if sequence.room:
+                    self._speculator.learn(sequence, 0, 0, chunk.stop)
+                    if sequence.state is RequestState.DECODE:
+                        self.scheduler.trim(sequence)
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
 
@@ -260,6 +282,8 @@ class Engine:
         events.append(Failed(sequence.id, error))
 
     def _retire(self, sequence: Sequence, state: RequestState) -> None:
+        if self._decoder is not None:
+            self._decoder.forget(sequence)
         # What a failed request computed is in doubt: nobody shall find it.
         if state is RequestState.FINISHED and sequence.copy is None:
             self._speculator.leave(sequence)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from ..cache.pages import PageTable
 from ..cache.storage import KVStorage
 from ..errors import PromptTooLong, UsageError
+from ..model.graph import Recordable, Recorder
+from .decoding import Decoder
 from .drafting import Drafter
 from .engine import Engine
 from .intake import Intake, MakeSampler
@@ -65,10 +67,12 @@ class Generator:
         max_running: int = MAX_RUNNING,
         make_sampler: MakeSampler | None = None,
         draft: tuple[Model, KVStorage] | None = None,
+        recorder: Recorder | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`context`: most tokens of one sequence, prompt and reply; by default the model's, or what the cache holds.
         `draft`: a model with the same vocabulary that guesses ahead, and as many pages for it as `kv` has.
+        `recorder`: records decode steps of a `model` that is `Recordable`; None: every step runs as usual.
 
         Raises UsageError when the cache cannot hold one sequence of that length.
         """
@@ -95,6 +99,10 @@ class Generator:
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
         self._speculator = Speculator(drafter, context=self.context)
+        self._decoder = None
+        if recorder is not None:
+            recorded = cast(Recordable, model)
+            self._decoder = Decoder(recorded, kv, eos_ids=self._intake.eos_ids, recorder=recorder)
         self._engine = Engine(
             self._scheduler,
             self._runner,
@@ -103,6 +111,7 @@ class Generator:
             context=self.context,
             cut=self._intake.cut,
             clock=clock,
+            decoder=self._decoder,
         )
         # Both reentrant: the garbage collector may close an abandoned `stream` anywhere, also inside of either.
         # Who holds the second never waits for the first.

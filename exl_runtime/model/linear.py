@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops.linear.base import LinearKernel
-from ..ops.linear.packed_cpu import multiply_together
+from ..ops.linear.together import multiply_together
 
 
 class Linear:

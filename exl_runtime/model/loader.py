@@ -16,6 +16,7 @@ from ..ops.table import OpSet, opset
 from .attention import Attention, HeadNorms
 from .block import Block, BlockNorms
 from .embedding import Embedding
+from .fused import FusedTransformer
 from .linear import Linear
 from .mlp import Mlp
 from .moe import Moe
@@ -85,7 +86,8 @@ class _Loader:
             blocks.append(self.block(layer))
             if progress is not None:
                 progress(len(blocks), len(spec.layers))
-        return Transformer(
+        kind = FusedTransformer if self.backend == "cuda" else Transformer
+        return kind(
             spec=spec,
             embedding=embedding,
             blocks=blocks,

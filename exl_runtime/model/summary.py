@@ -134,7 +134,7 @@ def _tally(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, _Tally], 
     formats: dict[str, set[str]] = defaultdict(set)
 
     def count(kind: str, sources: tuple[Source, ...], weights: int) -> None:
-        found = _stored(checkpoint, sources)
+        found = stored_bits(checkpoint, sources)
         if found is None:
             return
         bits, name = found
@@ -168,7 +168,7 @@ def _tally(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, _Tally], 
     return dict(tallies), dict(formats)
 
 
-def _stored(checkpoint: Checkpoint, sources: tuple[Source, ...]) -> tuple[float, str] | None:
+def stored_bits(checkpoint: Checkpoint, sources: tuple[Source, ...]) -> tuple[float, str] | None:
     """(bits on disk without the bias, format name) of the first source that exists; a slice counts its share."""
     for source in sources:
         if source.expert is not None:

@@ -19,21 +19,29 @@ _lock = threading.Lock()
 _failure: BackendUnavailable | None = None
 _loaded = False
 _warned = False
+_cuda_failure: BackendUnavailable | None = None
+_cuda_loaded = False
+_emulating = False
 
 
 class _Operators:
     """`ops().rms_norm(...)`: an operator of the library as torch's C++ overload, looked up once."""
 
+    def __init__(self, namespace: str, ensure: Callable[[], None]) -> None:
+        self._namespace, self._ensure = namespace, ensure
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        ensure_loaded()
-        operator = getattr(torch.ops.exl, name).default
+        self._ensure()
+        operator = getattr(getattr(torch.ops, self._namespace), name).default
         setattr(self, name, operator)  # found before __getattr__ from now on
         return operator
 
 
-_operators = _Operators()
+_operators = _Operators("exl", lambda: ensure_loaded())
+_cuda_operators = _Operators("exl_cuda", lambda: ensure_cuda())
+_emulated_operators = _Operators("exl_cuda_emulated", lambda: emulate_cuda())
 
 
 def ops() -> _Operators:
@@ -90,11 +98,14 @@ def resolve_backend(requested: str | None, device: torch.device) -> str:
         return "reference"
     if requested is not None and requested not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {requested!r}", hint=f"choose one of {', '.join(BACKENDS)}")
-    if requested is not None and requested != device.type:
+    emulated = requested == "cuda" and device.type == "cpu" and _emulating
+    if requested is not None and requested != device.type and not emulated:
         raise BackendUnavailable(
             f"the backend {requested!r} cannot run on the device {str(device)!r}",
             hint="use auto or reference",
         )
+    if emulated:
+        return "cuda"
     if device.type == "cpu":
         if requested is not None:
             ensure_loaded()
@@ -103,7 +114,9 @@ def resolve_backend(requested: str | None, device: torch.device) -> str:
         if why is None:
             return "cpu"
     elif device.type == "cuda":
-        why = "there are no native kernels for CUDA in this version"
+        why = cuda_refusal(device)
+        if why is None:
+            return "cuda"
         if requested is not None:
             raise BackendUnavailable(why, hint="use the backend 'reference', or the CPU")
     else:
@@ -155,3 +168,71 @@ def clean_cache() -> int:
     from ext import build
 
     return build.clean()
+
+
+CUDA_CAPABILITY = (8, 0)  # the oldest cards that the kernels are written for: Ampere
+
+
+def ensure_cuda(progress: Callable[[str], None] | None = None) -> None:
+    """Build the CUDA kernels for the cards of this machine if need be, and load them. A failure is remembered.
+
+    `progress` as in `ensure_loaded`. Raises BackendUnavailable (no card, no CUDA compiler) or BuildError.
+    """
+    global _cuda_failure, _cuda_loaded
+    if _cuda_loaded:
+        return
+    with _lock:
+        if _cuda_loaded:
+            return
+        if _cuda_failure is not None:
+            raise type(_cuda_failure)(_cuda_failure.problem, hint=_cuda_failure.hint) from _cuda_failure
+        from ext import cuda_build
+
+        try:
+            cuda_build.load_cuda(progress=progress)
+        except BackendUnavailable as err:
+            _cuda_failure = err
+            raise
+        _cuda_loaded = True
+
+
+def card_present() -> bool:
+    """Whether torch sees an NVIDIA card."""
+    return torch.cuda.is_available()
+
+
+def cuda_ops(device: torch.device) -> _Operators:
+    """The operators of the CUDA kernels for tensors on `device`; the first use of one loads their library.
+
+    For a CPU device those of the emulation, after `emulate_cuda`.
+    """
+    return _cuda_operators if device.type == "cuda" else _emulated_operators
+
+
+def cuda_refusal(device: torch.device) -> str | None:
+    """None if the CUDA kernels can work on `device`, else why not. Builds them if that was not tried yet."""
+    if device.type != "cuda":
+        return None if _emulating and device.type == "cpu" else f"CUDA kernels need a CUDA device, this is {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CUDA_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        return f"{name} has compute capability {major}.{minor}; the CUDA kernels need 8.0 (Ampere) or newer"
+    try:
+        ensure_cuda()
+    except BackendUnavailable as err:
+        return str(err)
+    return None
+
+
+def emulate_cuda() -> None:
+    """For tests: from now on the backend "cuda" also takes the device "cpu", on which its kernels run by emulation.
+
+    Thousands of times slower than a card, and exact about mistakes. Raises BackendUnavailable or BuildError.
+    """
+    global _emulating
+    if _emulating:
+        return
+    from ext import cuda_build
+
+    cuda_build.load_emulated()
+    _emulating = True

@@ -61,10 +61,26 @@ def _cpu() -> OpSet:
     )
 
 
+def _cuda() -> OpSet:
+    from . import cuda_small
+    from .attention.cuda import paged_attention
+    from .kv_cuda import append_kv, rope
+
+    return OpSet(
+        backend="cuda",
+        rms_norm=cuda_small.rms_norm,
+        gated=cuda_small.gated,
+        rope=rope,
+        append_kv=append_kv,
+        paged_attention=paged_attention,
+    )
+
+
 # One line per backend. A builder imports late, so that asking for one backend never loads another.
 BUILDERS: dict[str, Callable[[], OpSet]] = {
     "reference": _reference,
     "cpu": _cpu,
+    "cuda": _cuda,
 }
 
 

@@ -29,6 +29,7 @@ from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .draft import open_draft
 from .runtime import Runtime, RuntimeInfo
+from .spread import check_split, open_spread
 
 DEMO = "demo"
 ACCURACIES = ("exact", "fast")
@@ -46,6 +47,7 @@ def load(
     dtype: str = "auto",
     accuracy: str = "exact",
     threads: int | None = None,
+    gpu_split: str | None = None,
     template: str | Path | None = None,
     draft: str | Path | None = None,
     speculate: Speculate = "auto",
@@ -63,6 +65,8 @@ def load(
     accuracy  "exact", or "fast": prompts of quantized models with 8-bit inputs on the CPU, up to twice the speed for a
               KL of about 3e-4; replies may then depend on what else runs in the same step (batches, guesses)
     threads   CPU threads; None: one per physical core
+    gpu_split  over several GPUs, layer by layer: "auto", or GiB for each GPU in order ("20,24", 0 leaves one out); what
+              they have no room for runs on the CPU. None: one device
     template  a Jinja file to use instead of the model's own chat template
     draft     a smaller model with the same tokens, or this one with fewer bits: it guesses ahead, which saves time
               where it is often right and changes no token
@@ -79,6 +83,7 @@ def load(
         )
     if accuracy not in ACCURACIES:
         raise UsageError(f"accuracy is {accuracy!r}", hint=f"use one of {', '.join(ACCURACIES)}")
+    check_split(gpu_split, device, backend)
     folder = find(model)
     draft_folder = None if draft is None else find(draft)
     report = progress or (lambda text: None)
@@ -92,6 +97,40 @@ def load(
     wanted = check_context(context, spec)
     kernels = native.resolve_backend(None if backend == "auto" else backend, where)
     native.set_threads(threads)
+    if gpu_split is not None:
+        if draft_folder is not None:
+            raise UsageError("a draft model and gpu_split do not go together yet", hint="leave one of them out")
+        with Checkpoint.open(folder) as checkpoint:
+            spread = open_spread(
+                checkpoint,
+                files,
+                spec,
+                split=gpu_split,
+                cache=kv_type,
+                context=wanted,
+                dtype=resolve_dtype(dtype),
+                hurry=accuracy == "fast",
+                report=report,
+            )
+            stored = stored_weights(checkpoint, spec)
+        info = RuntimeInfo(
+            name="demo" if folder == DEMO_FOLDER else folder.name,
+            path=str(folder),
+            architecture=spec.architecture,
+            format=stored.format,
+            bits_per_weight=stored.bits_per_weight,
+            context=spread.context,
+            cache=kv_type.name,
+            backend=spread.model.backend,
+            device=spread.devices,
+            weight_bytes=spread.model.nbytes,
+            cache_bytes=spread.kv.nbytes,
+            load_seconds=time.perf_counter() - started,
+            is_demo=folder == DEMO_FOLDER,
+            accuracy=accuracy,
+        )
+        parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
+        return Runtime(**parts, info=info, speculate=speculate)
     with Checkpoint.open(folder) as checkpoint:
         transformer = load_transformer(
             checkpoint,

@@ -14,6 +14,8 @@ from ..errors import UsageError
 from ..generation.generator import Generator
 from ..generation.request import OVERFLOWS, Request, Result, Speculate
 from ..generation.stream import Event
+from ..model.graph_cuda import recorder_for
+from ..model.split_model import SplitCache, SplitTransformer, devices_of, free_devices
 from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
@@ -80,8 +82,8 @@ class Runtime:
     def __init__(
         self,
         *,
-        model: Transformer,
-        kv: KVStorage,
+        model: Transformer | SplitTransformer,
+        kv: KVStorage | SplitCache,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         info: RuntimeInfo,
@@ -92,7 +94,9 @@ class Runtime:
         self._speculate = speculate
         self.tokenizer = tokenizer
         self.template = template
-        self._generator: Generator | None = Generator(model, kv, tokenizer, context=info.context, draft=draft)
+        self._generator: Generator | None = Generator(
+            model, kv, tokenizer, context=info.context, draft=draft, recorder=recorder_for(model)
+        )
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )
@@ -250,7 +254,11 @@ class Runtime:
 
     def close(self) -> None:
         """Free the weights and the cache. Any further call raises UsageError."""
-        self._generator = None
+        generator, self._generator = self._generator, None
+        if generator is not None:
+            devices = devices_of(generator.model)
+            del generator
+            free_devices(devices)
 
     def __enter__(self) -> Self:
         return self

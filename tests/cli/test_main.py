@@ -229,6 +229,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {
         "model": "m",
         "device": "cpu",
+        "gpu_split": None,
         "backend": "reference",
         "context": 2048,
         "cache": "bf16",

@@ -6,12 +6,23 @@ from ...errors import BackendUnavailable
 from ...formats.base import QuantFormat
 from .base import LinearKernel
 from .dense_cpu import DenseCpu
+from .dense_cuda import DenseCuda
 from .exl2_cpu import Exl2Cpu
+from .exl2_cuda import Exl2Cuda
 from .gptq_cpu import GptqCpu
+from .gptq_cuda import GptqCuda
 from .reference import Reference
 
 # Best first; the first that does not refuse is taken. Native kernels stand before Reference.
-KERNELS: tuple[type[LinearKernel], ...] = (Exl2Cpu, GptqCpu, DenseCpu, Reference)
+KERNELS: tuple[type[LinearKernel], ...] = (
+    Exl2Cpu,
+    GptqCpu,
+    DenseCpu,
+    Exl2Cuda,
+    GptqCuda,
+    DenseCuda,
+    Reference,
+)
 
 
 def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> LinearKernel:

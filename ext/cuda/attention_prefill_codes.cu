@@ -1,0 +1,11 @@
+// Prefill kernels over quantized pages; a file of its own so that they compile side by side.
+// registers: prefill_kernel 200
+#include "attention_prefill_kernel.cuh"
+
+namespace exl {
+
+void attention_prefill_codes(const CudaAttention& args, dim3 grid, cudaStream_t stream) {
+  prefill_by_dim<true>(args, grid, stream);
+}
+
+}  // namespace exl

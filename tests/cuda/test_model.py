@@ -1,0 +1,115 @@
+"""Whole tiny models on the CUDA kernels, emulated: against float32, and any way to cut a sequence against the whole."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from driving import batch_of, new_cache, open_model, run
+from oracles import assert_as_good_as, same_bits
+from quantize import quantize_folder
+from tiny import by_name, write
+
+from exl_runtime.cache.types import FP16
+from exl_runtime.errors import NonFiniteError
+from exl_runtime.model.fused import FusedTransformer
+from exl_runtime.model.transformer import Transformer
+from exl_runtime.ops import activation, cuda_small
+
+IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(40)]
+DENSE = ["llama_bias", "qwen3", "gemma2", "phi3", "mixtral"]  # biases and a tied head, head norms, post norms, experts
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+@cache
+def folder_of(root: Path, name: str, kind: str) -> Path:
+    source = write(by_name(name), root)
+    if kind != "dense":
+        target = root / f"{name}-{kind}"
+        options = {"bits": 4, "group_size": 32, "act_order": True, "symmetric": False, "version": 1}
+        quantize_folder(source, target, kind, **(options if kind == "gptq" else {}))
+        return target
+    return source
+
+
+@cache
+def models(root: Path, name: str, kind: str) -> tuple[Transformer, Transformer, Transformer]:
+    """On the CUDA kernels in half precision; by plain torch in half precision; by plain torch in float32."""
+    folder = folder_of(root, name, kind)
+    half = torch.float16
+    return open_model(folder, "cuda", half), open_model(folder, "reference", half), open_model(folder, "reference")
+
+
+def exact(model: Transformer, ids: list[int]) -> torch.Tensor:
+    """Float32 from end to end: 2^13 times finer than what is judged here."""
+    return run(model, ids, []).double()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "dense") for name in DENSE), ("llama", "exl2"), ("gemma2", "exl2"), ("llama", "gptq")],
+)
+def test_logits_are_as_good_as_torch_in_half_precision(emulated, root, name, kind) -> None:
+    ours, naive, wide = models(root, name, kind)
+    assert type(ours) is FusedTransformer and type(naive) is Transformer
+    assert_as_good_as(run(ours, IDS, []), run(naive, IDS, []), exact(wide, IDS), factor=3.0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "exl2"), ("qwen2_window", "exl2")])
+def test_single_tokens_and_batches_give_the_same_bits(emulated, root, name, kind) -> None:
+    model = models(root, name, kind)[0]
+    kv = new_cache(model, type=FP16)
+    ids, other = IDS[:20], IDS[9:15]
+    model.forward(batch_of([(ids, 0, [3])]), kv)
+    model.forward(batch_of([(other, 0, [1])]), kv)
+    alone = [
+        model.forward(batch_of([([7], 20, [3])]), kv),
+        model.forward(batch_of([([9], 6, [1])]), kv),
+    ]
+    together = model.forward(batch_of([([7], 20, [3]), ([9], 6, [1])]), kv)
+    assert same_bits(together, torch.cat(alone))
+    guessed = model.forward(batch_of([([7, 11, 12], 20, [3])]), kv)
+    assert same_bits(guessed[:1], alone[0])
+
+
+def test_products_beyond_half_precision_survive(emulated, root, monkeypatch) -> None:
+    """Activations of models made for bfloat16 outgrow float16 between the activation and the last matrix."""
+    ours, _, wide = models(root, "llama", "exl2")
+    seen: list[float] = []
+    plain = cuda_small.gated
+
+    def loud(gate, up, name, **more):
+        # The same power of two in both models: exact, so that nothing but the range is tested.
+        y = plain(gate, up, name, **more) * 2.0**14
+        seen.append(float(y.abs().max()))
+        return y
+
+    def loud_reference(gate, up, name):
+        return activation.gated(gate, up, name) * 2.0**14
+
+    monkeypatch.setattr(cuda_small, "gated", loud)
+    for block in wide.blocks:
+        monkeypatch.setattr(block.mlp, "_gated", loud_reference)
+    ids = IDS[:12]
+    got, oracle = run(ours, ids, []), exact(wide, ids)
+    assert max(seen) > 65504
+    assert (got.double() - oracle).abs().max() <= 0.01 * oracle.abs().max()
+
+
+def test_a_damaged_layer_is_named(emulated, root) -> None:
+    folder = folder_of(root, "qwen3", "dense")
+    model = open_model(folder, "cuda", torch.float16)
+    model.blocks[1].norms.pre_mlp[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        run(model, IDS[:5], [])
+
+
+def test_what_waits_for_the_host_is_not_recorded(emulated, root) -> None:
+    plain, experts = models(root, "llama", "exl2")[0], models(root, "mixtral", "dense")[0]
+    assert plain.why_not_recorded(new_cache(plain, type=FP16)) is None
+    assert "not of torch.float32" in (plain.why_not_recorded(new_cache(plain)) or "")
+    assert "experts" in (experts.why_not_recorded(new_cache(experts, type=FP16)) or "")
