@@ -39,8 +39,8 @@ __device__ __forceinline__ void put_tile(const unsigned char* from, const tile::
 }
 
 // One warp, one tile, through shared memory so that rows are written in pieces of 64 bytes. grid (units / 4, columns).
-__global__ void __launch_bounds__(kWarps * 32) dequant(CudaMatrix w, const int32_t* rows, int64_t inputs, int64_t column,
-                                                       uint4* out) {
+__global__ void __launch_bounds__(kWarps * 32)
+    dequant(CudaMatrix w, const int32_t* rows, int64_t inputs, int64_t column, uint4* out) {
   EXL_SHARED(__half, shared, [kWarps][kUnitRows][kPitch]);
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
   const int unit = int(blockIdx.x) * kWarps + warp;

@@ -53,8 +53,8 @@ struct Multiply {
     }
   }
 
-  // from: this lane's piece of its row of the first eight, which is the last row for lanes past it: what they multiply is
-  // never read. rows_left: rows from lane / 4 on.
+  // from: this lane's piece of its row of the first eight, which is the last row for lanes past it: what they multiply
+  // is never read. rows_left: rows from lane / 4 on.
   __device__ __forceinline__ void load_x(const uint4* from, int rows_left) {
     x[0] = from[0];
 #pragma unroll
@@ -67,8 +67,9 @@ struct Multiply {
   template <int BITS, int F>
   __device__ __forceinline__ void fragment(const tile::Codes<BITS>& codes) {
     constexpr int nh = F >> 1, kh = F & 1;
-    uint32_t a[4] = {codes.template code<F, 0>(scales.zero[2 * nh]), codes.template code<F, 1>(scales.zero[2 * nh + 1]),
-                     codes.template code<F, 2>(scales.zero[2 * nh]), codes.template code<F, 3>(scales.zero[2 * nh + 1])};
+    const uint32_t even = scales.zero[2 * nh], odd = scales.zero[2 * nh + 1];
+    uint32_t a[4] = {codes.template code<F, 0>(even), codes.template code<F, 1>(odd),
+                     codes.template code<F, 2>(even), codes.template code<F, 3>(odd)};
     if constexpr (ROUNDED) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -229,7 +230,8 @@ __device__ __forceinline__ void finish(const LinearWork& work, const LinearOutpu
 
 // grid (blocks, row blocks)
 template <int ROWS, int WN, int WK, bool ROUNDED>
-__global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>::kResident)) multiply(const LinearWork work) {
+__global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>::kResident))
+    multiply(const LinearWork work) {
   using M = Multiply<ROWS, WN, WK, ROUNDED>;
   EXL_DYN_SMEM(unsigned char, memory);
   EXL_SHARED(int, last, [1]);

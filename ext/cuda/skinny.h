@@ -1,9 +1,9 @@
 // y = x @ W for one or several matrices (tile.h) with the same input, 1 to 256 rows of x. Weights are the A operand of
 // the tensor cores and stream through shared memory once; accumulators are fp32.
 //
-//   up to 32 rows    codes go into the multiplication unscaled (exact); a group's sum is scaled in fp32. Weights are not
-//                    rounded as the formats do; the error is that of summing in fp32. A row's result is the same bits in
-//                    any batch of up to 32 rows.
+//   up to 32 rows    codes go into the multiplication unscaled (exact); a group's sum is scaled in fp32. Weights are
+//                    not rounded as the formats do; the error is that of summing in fp32. A row's result is the same
+//                    bits in any batch of up to 32 rows.
 //   33 to 256 rows   weights are the formats' own, rounded to half; rows go in blocks of 64. A row's result does not
 //                    depend on the others, but differs in rounding from that of up to 32 rows.
 //

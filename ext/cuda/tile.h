@@ -1,7 +1,7 @@
 // A quantized matrix as the CUDA kernels read it. EXL2 and GPTQ of every width and group size look alike here.
 //
-// Positions are the order in which a kernel meets the inputs: rows sorted by group, every group padded to whole units of
-// 32. A unit has one width and one group. A tile is one unit of 32 columns (outputs), 1024 codes, 128 * bits bytes.
+// Positions are the order in which a kernel meets the inputs: rows sorted by group, every group padded to whole units
+// of 32. A unit has one width and one group. A tile is one unit of 32 columns (outputs), 1024 codes, 128 * bits bytes.
 //
 //   tiles    tile column c (columns 32c .. 32c + 31) is one stream of its units in order, tile_stride bytes. A tile is
 //            cut into bit planes, the lowest bits first, 4-bit planes before 2 before 1: 3 = 2 + 1, 5 = 4 + 1,

@@ -22,8 +22,8 @@ LinearCut linear_cut(const char* op, const Tensor& segments, const Tensor& first
 }
 
 // uint8 on the CPU: everything about one launch but the input. All tensors given must outlive it. `matrices` by
-// linear_matrix, all with the same rows; segments, first, slots for up to 32, 64 and 256 rows; biases one per matrix, or
-// none. gate: 0, or which activation joins two matrices to one result (skinny.h).
+// linear_matrix, all with the same rows; segments, first, slots for up to 32, 64 and 256 rows; biases one per matrix,
+// or none. gate: 0, or which activation joins two matrices to one result (skinny.h).
 Tensor cuda_linear_plan(std::vector<Tensor> matrices, std::vector<Tensor> biases, const std::optional<Tensor>& rows,
                         int64_t inputs, std::vector<Tensor> segments, std::vector<Tensor> first,
                         std::vector<int64_t> slots, const Tensor& partials, const Tensor& tickets, int64_t gate) {
@@ -99,8 +99,8 @@ void linear_stage(const Tensor& x, const int32_t* rows, const Tensor& staged, co
 }
 
 // The products of x (m, inputs), m at most 256, with all matrices of the plan. Results have x's dtype, or float32 if
-// `wide`; with a gate there is one. With `stream`, float32 (m, outputs), the result of the one matrix is added to it and
-// nothing is returned.
+// `wide`; with a gate there is one. With `stream`, float32 (m, outputs), the result of the one matrix is added to it
+// and nothing is returned.
 std::vector<Tensor> cuda_linear_multiply(const Tensor& x, const Tensor& plan_blob, const Tensor& staged,
                                          const Tensor& factors, bool wide, const std::optional<Tensor>& stream) {
   const char* op = "linear_multiply";

@@ -159,7 +159,8 @@ Cuts cut(const std::vector<const Matrix*>& matrices, int width, int blocks) {
   for (int b = 0; b < blocks; ++b) {
     for (int at = total * b / blocks, end = total * (b + 1) / blocks; at < end;) {
       const int g = at / units, stop = end < (g + 1) * units ? end : (g + 1) * units;
-      cuts.segments.push_back({groups[size_t(g)].first, groups[size_t(g)].second, at % units, stop - g * units, 0, 0, 0, 0});
+      const auto [matrix, column] = groups[size_t(g)];
+      cuts.segments.push_back({matrix, column, at % units, stop - g * units, 0, 0, 0, 0});
       at = stop;
     }
     cuts.first.push_back(int32_t(cuts.segments.size()));
@@ -216,7 +217,8 @@ void product(const std::vector<const Matrix*>& matrices, int m, int blocks, std:
   work.slots = cuts.slots;
   work.m = m;
   work.gate = gated ? Gate::silu : Gate::none;
-  skinny_stage_cuda(x.data(), Dtype::float16, rows.data(), staged.data(), factors.data(), m, inputs, one.units, nullptr);
+  skinny_stage_cuda(x.data(), Dtype::float16, rows.data(), staged.data(), factors.data(), m, inputs, one.units,
+                    nullptr);
   for (int again = 0; again < 2; ++again) {  // a launch has to leave its tickets as it found them
     for (auto& y : results) std::memset(y->data(), 0xff, y->size() * 4);
     (skinny ? skinny_cuda : gemm_cuda)(work, nullptr);
