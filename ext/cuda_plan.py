@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ext.cuda_tools import Nvcc
-from ext.plan import BINDINGS, COMMON_FLAGS, LINK_FLAGS, TORCH_LIBRARIES
+from ext.plan import BINDINGS, COMMON_FLAGS, LINK_FLAGS, TORCH_LIBRARIES, source_weight
 from ext.recipe import NINJA, Recipe
 from ext.toolchain import TORCH_TARGET, Compiler, TorchFiles, machine
 
@@ -79,8 +79,7 @@ def cuda_recipe(
         "  description = link $out",
     ]
     objects = ["bindings.o"]
-    sources = kernel_sources(root)
-    for source in sorted(sources, key=lambda path: path.stat().st_size, reverse=True):  # the slowest first
+    for source in _slowest_first(kernel_sources(root)):
         objects.append(f"{source.stem}.cu.o")
         lines.append(f"build {objects[-1]}: kernel {escape(source)}")
     lines += [f"build bindings.o: compile {BINDINGS}"]
@@ -123,7 +122,7 @@ def emulated_recipe(root: Path, compiler: Compiler, torch: TorchFiles) -> Recipe
         "  extra = $torch",
     ]
     objects = ["bindings.o"]
-    for source in [*kernel_sources(root), *runtime]:
+    for source in [*_slowest_first(kernel_sources(root)), *runtime]:
         objects.append(f"{source.stem}.{source.suffix[1:]}.o")
         lines.append(f"build {objects[-1]}: compile {escape(source)}")
     lines += [f"build {EMULATED_LIBRARY}: link {' '.join(objects)}", f"default {EMULATED_LIBRARY}", ""]
@@ -135,6 +134,11 @@ def emulated_recipe(root: Path, compiler: Compiler, torch: TorchFiles) -> Recipe
         compiler=f"{compiler.path} ({compiler.version})",
         torch=torch.version,
     )
+
+
+def _slowest_first(sources: list[Path]) -> list[Path]:
+    """In the order in which to start compilers, so that no long one runs alone at the end."""
+    return sorted(sources, key=lambda source: source_weight(source, set()), reverse=True)
 
 
 def source_key(root: Path, torch: TorchFiles, facts: Iterable[str]) -> str:

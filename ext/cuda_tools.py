@@ -51,9 +51,7 @@ def find_nvcc(
     `memo`, a JSON file, keeps the answers of compilers asked before. Raises BackendUnavailable, saying what to install.
     """
     wanted = int(torch_cuda.split(".")[0])
-    install = (
-        f"{sys.executable} -m pip install 'nvidia-cuda-nvcc=={torch_cuda}.*', or install the CUDA {wanted} toolkit"
-    )
+    install = _how_to_install(torch_cuda)
     others: dict[str, str] = {}
     for path in dict.fromkeys(places(cuda_home) if among is None else among):
         if not os.access(path, os.X_OK):
@@ -69,6 +67,16 @@ def find_nvcc(
             hint=f"{install}, and name its folder in CUDA_HOME",
         )
     raise BackendUnavailable("no CUDA compiler (nvcc) found in CUDA_HOME, on PATH or in /usr/local/cuda", hint=install)
+
+
+def _how_to_install(torch_cuda: str) -> str:
+    """A command where there is one: from CUDA 13 on, the whole compiler is on PyPI. Its parts do not pin each other."""
+    major = int(torch_cuda.split(".")[0])
+    toolkit = f"install the CUDA {major} toolkit"
+    if major < 13:
+        return toolkit
+    parts = " ".join(f"'nvidia-{part}=={torch_cuda}.*'" for part in ("cuda-nvcc", "cuda-crt", "nvvm"))
+    return f"{sys.executable} -m pip install {parts} 'nvidia-cuda-cccl=={major}.*', or {toolkit}"
 
 
 def _ask(path: str, memo: Path | None) -> Nvcc | None:

@@ -90,7 +90,7 @@ def ninja_file(plan: Plan) -> str:
     lines += [f"build bindings.o: compile {BINDINGS}", "  extra = $torch"]
     objects = [(False, "bindings.o")]  # whether for an instruction set: those last, so that the linker prefers baseline
     kernels = [source for source in plan.sources if source.parts[0] != "binding"]
-    weight = {source: _weight(plan.root / source, set()) for source in kernels}
+    weight = {source: source_weight(plan.root / source, set()) for source in kernels}
     for source in sorted(kernels, key=weight.__getitem__, reverse=True):  # slowest first, or the last one runs alone
         target = f"{source.stem}.kernel.o"
         objects.append((isa_of(source) is not None, target))
@@ -106,14 +106,14 @@ def binding_unit(plan: Plan) -> str:
     return "".join(f'#include "{file.as_posix()}"\n' for file in files)
 
 
-def _weight(source: Path, seen: set[Path]) -> int:
+def source_weight(source: Path, seen: set[Path]) -> int:
     """Bytes of a source and of our own headers below it: a stand-in for compile time."""
     if source in seen or not source.is_file():
         return 0
     seen.add(source)
     text = source.read_text(encoding="utf-8", errors="replace")
     included = (source.parent / name for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE))
-    return len(text) + sum(_weight(Path(os.path.normpath(i)), seen) for i in included)
+    return len(text) + sum(source_weight(Path(os.path.normpath(i)), seen) for i in included)
 
 
 def _escape(text: str) -> str:

@@ -74,9 +74,9 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
+@pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that this machine can run, one after another."""
+    """Every backend of the CPU, one after another. CUDA is tested in tests/cuda, on any machine, by emulation."""
     if why := unavailable(request.param):
         pytest.skip(why)
     return request.param

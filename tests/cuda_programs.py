@@ -4,11 +4,13 @@ Objects and programs are kept in the build cache under a name made of everything
 run of the tests builds nothing.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ RUNTIME = tuple(EXT / "emulation" / f"cuda_{part}.cpp" for part in ("host", "syn
 COMMON = ("-std=c++17", "-ffp-contract=off", "-g1", "-Wno-unknown-pragmas")
 MODES = {
     "plain": ("-O1",),
+    "portable": ("-O1", "-DEXL_EMU_UCONTEXT"),  # how fibers switch on machines other than x86-64
     "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     "tsan": ("-O1", "-fsanitize=thread"),
 }
@@ -45,8 +48,10 @@ def program(driver: Path, mode: str, *, kernels: tuple[Path, ...] | None = None)
         pytest.skip(str(err))
     cache = Settings.from_environment().open_cache() / "emulated" / "programs"
     cache.mkdir(parents=True, exist_ok=True)
+    _sweep(cache)
     flags = (*COMMON, *MODES[mode])
-    objects = [_object(compiler, cache, file, (*COMMON, "-O2", "-Wall", "-Wextra")) for file in RUNTIME]
+    runtime = (*COMMON, "-O2", "-Wall", "-Wextra", *(flag for flag in MODES[mode] if flag.startswith("-D")))
+    objects = [_object(compiler, cache, file, runtime) for file in RUNTIME]
     for source in (driver, *(_kernels_of(driver) if kernels is None else kernels)):
         objects.append(_object(compiler, cache, source, flags))
     name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:20]
@@ -66,6 +71,14 @@ def run(target: Path, *arguments: str, timeout: float = 240.0) -> "subprocess.Co
         timeout=timeout,
         env={**os.environ, **ENVIRONMENT},
     )
+
+
+def _sweep(folder: Path, days: float = 10.0) -> None:
+    """Remove what sources of long ago left."""
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if file.is_file() and time.time() - file.stat().st_mtime > days * 86400:
+                file.unlink()
 
 
 def _kernels_of(driver: Path) -> tuple[Path, ...]:

@@ -1,9 +1,9 @@
 // Causal attention over the paged key/value cache on CUDA. No torch here.
 //
-//   q            half (tokens, heads, head_dim): the new tokens of all sequences, one after another; 16-byte aligned
-//   k, v pages   half or bfloat16 (pages, page_size, kv_heads, head_dim); query head h reads head h / (heads / kv_heads).
-//                Or quantized: rows of codes in place of heads, see ../common/kv_rows.h; they are widened in registers
-//                on the way to the tensor cores, never in memory. Start of either: 16-byte aligned
+//   q            half (tokens, heads, head_dim): the new tokens of all sequences, one after another
+//   k, v pages   half or bfloat16 (pages, page_size, kv_heads, head_dim); query head h reads head
+//                h / (heads / kv_heads). Or quantized: rows of codes in place of heads, see ../common/kv_rows.h; they
+//                are widened on the way to the tensor cores, never in memory. Start of either: 16-byte aligned
 //   q_starts     int32 (sequences + 1): sequence s owns rows q_starts[s] .. q_starts[s + 1] - 1 of q
 //   kv_lengths   int32 (sequences): its keys, the new tokens included; not fewer than its rows
 //   page_table   int32 (sequences, table_width): key j lies in page [j / page_size] at offset j % page_size; only
@@ -15,14 +15,14 @@
 // float32; those are products of halves with float32 sums. bfloat16 pages are narrowed to half on the way: exact for
 // magnitudes from 2^-14 to 65504, within 2^-25 below, infinite above.
 //
-// All of q_starts, kv_lengths and page_table stays on the device: a launch depends on the host's numbers only, so it can
+// q_starts, kv_lengths and page_table stay on the device: a launch depends on numbers of the host only, so that it can
 // be captured in a graph and replayed with other lengths, up to table_width * page_size keys.
 //
 // attention_decode_cuda does the sequences of 1 .. kDecodeRows rows and skips all others; attention_prefill_cuda does
 // the others. Together they do everything.
 //
 // Order of summation, decode. Keys are taken in chunks of decode_chunk(kv_length) by their index; in a chunk, 16 keys
-// at a time, warp w of 4 takes every fourth 16; the warps are merged in order, then the chunks in order. So a row's result
+// at a time, warp w of 4 takes every fourth 16; the warps are merged in order, then the chunks. So the result of a row
 // is the same bits in any batch, with any number of rows of its sequence beside it (while they fall into the same band
 // of decode_chunk), in any order of blocks.
 // Prefill: 64 or 32 keys at a time in order; the same bits in any batch.

@@ -1,11 +1,11 @@
 // Codes of a quantized cache as operands of the tensor cores. Included by the attention kernels only.
 //
 // code_pair gives codes j and j + 8 of a step (16 codes) in the low and the high half of a word, whatever their width.
-// Keys: lane t of a row takes j = 2t and 2t + 1, so the matrix sees the columns of a step in the order 0 8 1 9 2 10 ...;
-// queries are laid out in the same order. Values: lane g takes j = g, rows g and g + 8 of the transposed tile.
+// Keys: lane t of a row takes j = 2t and 2t + 1, so the matrix sees the columns of a step in the order 0 8 1 9 2 10 ...
+// and queries are laid out in the same order. Values: lane g takes j = g, rows g and g + 8 of the transposed tile.
 //
-// A code c of b bits stands for (2 c - 2 m + 1) / (2 m) times the scale of its group, m = 2^(b - 1). In half, 2 c + 1024
-// is the pattern 0x6400 + 2 c; what follows is exact.
+// A code c of b bits stands for (2 c - 2 m + 1) / (2 m) times the scale of its group, m = 2^(b - 1). In half the number
+// 2 c + 1024 is the pattern 0x6400 + 2 c; what follows is exact.
 #pragma once
 
 #include <type_traits>
@@ -64,7 +64,7 @@ __device__ inline __half2 code_fractions(uint32_t pair) {
   return __hfma2(bits_half2(2 * pair + 0x64006400u), inverse, offset);
 }
 
-__device__ inline __half load_half(const uint8_t* p) { return __ushort_as_half(static_cast<unsigned short>(load_u16(p))); }
+__device__ inline __half load_half(const uint8_t* p) { return __ushort_as_half(uint16_t(load_u16(p))); }
 
 // f(std::integral_constant<int, bits>), one warp-uniform branch for all of a tile.
 template <class F>

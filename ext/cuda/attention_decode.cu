@@ -16,7 +16,7 @@ DecodePlan decode_plan(const CudaAttention& a) {
   DecodePlan plan{};
   plan.wide = group * rows > 8;
   plan.columns = plan.wide ? 8 * wide_tiles(a.head_dim) : 8;
-  const int64_t most_rows = a.tokens < int64_t(kDecodeRows) * a.sequences ? a.tokens : int64_t(kDecodeRows) * a.sequences;
+  const int64_t room = int64_t(kDecodeRows) * a.sequences, most_rows = a.tokens < room ? a.tokens : room;
   plan.blocks = most_rows * group / plan.columns + a.sequences;  // one block of every sequence is not full
   // The number of chunks grows with the length inside a band of decode_chunk and halves at its end.
   const int64_t most_keys = int64_t(a.table_width) * a.page_size;
@@ -36,10 +36,9 @@ DecodePlan decode_plan(const CudaAttention& a) {
 }  // namespace
 
 bool attention_head_dim(int64_t head_dim) {
-  for (int64_t known : {16, 32, 64, 80, 96, 128, 256}) {
-    if (head_dim == known) return true;
-  }
-  return false;
+#define EXL_DIM(dim) || head_dim == dim
+  return false EXL_ATTENTION_DIMS(EXL_DIM);
+#undef EXL_DIM
 }
 
 DecodeWorkspace decode_workspace(const CudaAttention& a) {

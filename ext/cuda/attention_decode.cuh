@@ -1,9 +1,9 @@
 // The kernel behind attention_decode_cuda: flash decoding over pages. Instantiated by attention_decode_*.cu.
 //
 // A block of 4 warps does up to kColumns columns of one sequence and key/value head over one chunk of keys. Each warp
-// streams its own keys, 16 at a time, through its own ring in shared memory, keys and values in turn. Scores transposed:
-// keys are the rows (m16) of the matrix product, queries the columns (n8), so that a single query wastes nothing but
-// columns. The last block of a row of chunks to arrive merges them in order.
+// streams its own keys, 16 at a time, through its own ring in shared memory, keys and values in turn. Keys are the rows
+// (m16) of the matrix products and queries the columns (n8), so that a single query wastes nothing but columns. Of the
+// blocks that share a row of chunks the last to arrive merges them in order.
 #pragma once
 
 #include "attention_codes.cuh"
@@ -18,7 +18,12 @@ constexpr int kTileKeys = 16;
 template <int kDim, bool kCodes>
 constexpr int kSlots = kCodes ? (kDim <= 128 ? 4 : 3) : (kDim <= 64 ? 3 : 2);
 
-// Dynamic shared memory: queries in fragment order | ring, later sums (kDim rows of kColumns + 1) and chunk weights
+// Shared memory, all of it dynamic, so that a launch knows how much it asks for:
+//   the ticket | largest score and sum of weights, [warp][column] each | queries in fragment order |
+//   rings, later sums (kDim rows of kColumns + 1) and weights of chunks
+template <int kTiles>
+constexpr int kDecodeHead = 16 + 2 * kDecodeWarps * 8 * kTiles * int(sizeof(float));
+
 struct DecodeLayout {
   int key_bytes, value_bytes;    // of a head
   int key_stride, value_stride;  // bytes
@@ -37,7 +42,7 @@ DecodeLayout decode_layout(const CudaAttention& a) {
   layout.slot = kTileKeys * (layout.key_stride > layout.value_stride ? layout.key_stride : layout.value_stride);
   const int ring = kDecodeWarps * kSlots<kDim, kCodes> * layout.slot;
   const int sums = (kDim * (kColumns + 1) + kMostChunks * kColumns) * int(sizeof(float));
-  layout.bytes = kDim * kColumns * 2 + (ring > sums ? ring : sums);
+  layout.bytes = kDecodeHead<kTiles> + kDim * kColumns * 2 + (ring > sums ? ring : sums);
   return layout;
 }
 

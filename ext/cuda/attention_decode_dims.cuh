@@ -1,7 +1,8 @@
-// The sizes of heads the decode kernels are built for.
+// One decode kernel out of many, by the size of heads.
 #pragma once
 
 #include "attention_decode_kernel.cuh"
+#include "attention_dims.h"
 
 namespace exl {
 
@@ -10,7 +11,7 @@ void attention_decode_floats(const CudaAttention& args, bool wide, dim3 grid, cu
 void attention_decode_codes(const CudaAttention& args, bool wide, dim3 grid, cudaStream_t stream);
 
 // Tiles of 8 columns of the wide kernel: as many as the registers hold the sums of.
-constexpr int wide_tiles(int head_dim) { return head_dim <= 128 ? 4 : 2; }
+constexpr int wide_tiles(int head_dim) { return head_dim < 128 ? 4 : 2; }
 
 namespace {
 
@@ -25,16 +26,13 @@ void decode_by_width(const CudaAttention& args, bool wide, dim3 grid, cudaStream
 
 template <bool kCodes>
 void decode_by_dim(const CudaAttention& args, bool wide, dim3 grid, cudaStream_t stream) {
+#define EXL_DIM(dim) \
+  case dim: return decode_by_width<kCodes, dim>(args, wide, grid, stream);
   switch (args.head_dim) {
-    case 16: return decode_by_width<kCodes, 16>(args, wide, grid, stream);
-    case 32: return decode_by_width<kCodes, 32>(args, wide, grid, stream);
-    case 64: return decode_by_width<kCodes, 64>(args, wide, grid, stream);
-    case 80: return decode_by_width<kCodes, 80>(args, wide, grid, stream);
-    case 96: return decode_by_width<kCodes, 96>(args, wide, grid, stream);
-    case 128: return decode_by_width<kCodes, 128>(args, wide, grid, stream);
-    case 256: return decode_by_width<kCodes, 256>(args, wide, grid, stream);
+    EXL_ATTENTION_DIMS(EXL_DIM)
     default: throw std::runtime_error("attention: no kernel for heads of " + std::to_string(args.head_dim) + " values");
   }
+#undef EXL_DIM
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Decode kernels over half and bfloat16 pages; a file of its own so that they compile side by side.
+// registers: decode_kernel 255
 #include "attention_decode_dims.cuh"
 
 namespace exl {

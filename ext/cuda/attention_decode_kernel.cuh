@@ -36,8 +36,10 @@ __device__ inline void take_scores(const float (&scores)[kTiles][4], DecodeState
     }
     const float top0 = state.most[n][0] == -INFINITY ? 0.0f : state.most[n][0];
     const float top1 = state.most[n][1] == -INFINITY ? 0.0f : state.most[n][1];
-    const __half2 low = __floats2half2_rn(ptx::exp2_approx(scores[n][0] - top0), ptx::exp2_approx(scores[n][1] - top1));
-    const __half2 high = __floats2half2_rn(ptx::exp2_approx(scores[n][2] - top0), ptx::exp2_approx(scores[n][3] - top1));
+    float w[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) w[r] = ptx::exp2_approx(scores[n][r] - (r % 2 == 0 ? top0 : top1));
+    const __half2 low = __floats2half2_rn(w[0], w[1]), high = __floats2half2_rn(w[2], w[3]);
     // The sum is of the rounded weights: then the result is an exact mean of the values, whatever the rounding.
     state.sum[n][0] = fmaf(state.sum[n][0], keep[0], __low2float(low) + __low2float(high));
     state.sum[n][1] = fmaf(state.sum[n][1], keep[1], __high2float(low) + __high2float(high));
@@ -133,8 +135,8 @@ constexpr int kPartFloats = 8 * kTiles * (kDim + 2);
 
 // grid (kv_heads, chunks, blocks of columns), 128 threads
 template <int kDim, bool kCodes, int kTiles>
-__global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAttention a, const DecodeLayout layout,
-                                                                   const float scale) {
+__global__ void __launch_bounds__(32 * kDecodeWarps, 1)
+    decode_kernel(const CudaAttention a, const DecodeLayout layout, const float scale) {
   constexpr int kColumns = 8 * kTiles, kThreads = 32 * kDecodeWarps, kRing = kSlots<kDim, kCodes>;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int kv_head = blockIdx.x;
@@ -147,12 +149,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAtt
   if (int(blockIdx.y) >= chunks) return;
 
   EXL_DYN_SMEM(uint8_t, memory);
-  EXL_SHARED(float, most, [kDecodeWarps][kColumns]);
-  EXL_SHARED(float, sum, [kDecodeWarps][kColumns]);
-  EXL_SHARED(int, last, [1]);
-  const uint2* queries = reinterpret_cast<const uint2*>(memory);
-  uint8_t* ring = memory + kDim * kColumns * 2 + warp * kRing * layout.slot;
-  float* sums = reinterpret_cast<float*>(memory + kDim * kColumns * 2);
+  int* last = reinterpret_cast<int*>(memory);
+  auto most = reinterpret_cast<float (*)[kColumns]>(memory + 16), sum = most + kDecodeWarps;
+  uint8_t* queries = memory + kDecodeHead<kTiles>;
+  uint8_t* rings = queries + kDim * kColumns * 2;
+  uint8_t* ring = rings + warp * kRing * layout.slot;
+  float* sums = reinterpret_cast<float*>(rings);
 
   const int base = (first_chunk + int(blockIdx.y)) * chunk;
   const Pages pages = pages_of(a, block.sequence, kv_head, max(oldest, base), min(newest + 1, base + chunk));
@@ -178,7 +180,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAtt
   };
   for (int unit = 0; unit < kRing - 1; ++unit) issue(unit);
 
-  stage_queries<kDim, kCodes, kTiles>(a, block, kv_head, reinterpret_cast<__half*>(memory));
+  stage_queries<kDim, kCodes, kTiles>(a, block, kv_head, reinterpret_cast<__half*>(queries));
+  const uint2* fragments = reinterpret_cast<const uint2*>(queries);
   int low[kTiles][2], high[kTiles][2];  // keys that a column sees: [low, high)
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -207,10 +210,10 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAtt
       const uint8_t* row0 = slot_row(slot, layout.key_stride, head, a.kv_heads, layout.key_bytes, g);
       const uint8_t* row8 = slot_row(slot, layout.key_stride, head, a.kv_heads, layout.key_bytes, g + 8);
       with_bits(a.key_bits, [&](auto bits) {
-        score_codes<kDim, kTiles, decltype(bits)::value>(row0, row8, queries, lane, scores);
+        score_codes<kDim, kTiles, decltype(bits)::value>(row0, row8, fragments, lane, scores);
       });
     } else {
-      score_floats<kDim, kTiles>(slot, layout.key_stride, a.kind == PageKind::bfloat16, queries, lane, scores);
+      score_floats<kDim, kTiles>(slot, layout.key_stride, a.kind == PageKind::bfloat16, fragments, lane, scores);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -241,8 +244,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps) decode_kernel(const CudaAtt
       mix_floats<kDim, kTiles>(slot, layout.value_stride, a.kind == PageKind::bfloat16, weights, lane, state.mixed);
     }
   }
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // from here on the sums take the place of the rings
+  ptx::cp_async_wait<0>();  // the sums take the place of the rings, behind the first barrier of merge_warps
   merge_warps<kDim, kTiles>(state, sums, most, sum);
   if (chunks == 1) {
     write_out<kDim, kCodes, kTiles>(a, block, kv_head, sums, sum[0]);

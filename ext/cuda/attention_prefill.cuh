@@ -1,7 +1,7 @@
 // The kernel behind attention_prefill_cuda. Instantiated by attention_prefill_*.cu.
 //
-// A block of 4 warps does 64 columns of one sequence and key/value head, 16 to a warp, over all keys they see, a tile of
-// 64 (large heads: 32) at a time: queries are the rows (m16) of the matrix products, the softmax is kept while keys go by.
+// A block of 4 warps does 64 columns of one sequence and key/value head, 16 to a warp, over all keys they see, in tiles
+// of 64 (large heads: 32). Queries are the rows (m16) of the matrix products; the softmax is kept while keys go by.
 // Codes are copied as they are and widened once per block, into the tile that the tensor cores read.
 #pragma once
 
@@ -103,13 +103,14 @@ __device__ void fetch_tile(const Pages& pages, const void* rows, int row_bytes, 
     if (base < pages.high && base + 15 >= pages.low) {
       fetch_rows(pages, static_cast<const uint8_t*>(rows), row_bytes, base, tile + r * stride, stride, lane);
     } else if constexpr (!kCodes) {
-      for (int i = lane; i < 16 * stride / 16; i += 32) reinterpret_cast<uint4*>(tile + r * stride)[i] = uint4{0, 0, 0, 0};
+      uint4* to = reinterpret_cast<uint4*>(tile + r * stride);
+      for (int i = lane; i < 16 * stride / 16; i += 32) to[i] = uint4{0, 0, 0, 0};
     }
   }
   ptx::cp_async_commit();
 }
 
-// Two columns' running softmax, g and g + 8 of a warp's 16, and their sums: dimensions 8 n + 2 t + e at [n][e], [n][2 + e].
+// The running softmax of two columns, g and g + 8 of a warp's 16. Sums of dimension 8 n + 2 t + e: [n][e], [n][2 + e].
 template <int kDim>
 struct PrefillState {
   float most[2], sum[2];
@@ -137,7 +138,8 @@ __device__ inline void score_tile(const uint32_t (*held)[4], const uint8_t* quer
 #pragma unroll
     for (int n = 0; n < kPrefillKeys<kDim> / 8; n += 2) {
       uint32_t k[4];
-      ptx::ldmatrix_x4(k, keys + (8 * n + lane % 8 + lane / 16 * 8) * kTileStride<kDim> + step * 32 + lane / 8 % 2 * 16);
+      const int row = 8 * n + lane % 8 + lane / 16 * 8;
+      ptx::ldmatrix_x4(k, keys + row * kTileStride<kDim> + step * 32 + lane / 8 % 2 * 16);
       if (bfloat16) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) k[i] = bfloat16_to_half2(k[i]);
@@ -155,7 +157,8 @@ __device__ inline void mix_tile(const uint32_t (&weights)[kPrefillKeys<kDim> / 8
                                 bool bfloat16, int lane, float (&mixed)[kDim / 8][4]) {
 #pragma unroll
   for (int step = 0; step < kPrefillKeys<kDim> / 16; ++step) {
-    const uint32_t p[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0], weights[2 * step + 1][1]};
+    const auto &near = weights[2 * step], &far = weights[2 * step + 1];
+    const uint32_t p[4] = {near[0], near[1], far[0], far[1]};
 #pragma unroll
     for (int n = 0; n < kDim / 8; n += 2) {
       uint32_t v[4];

@@ -1,4 +1,5 @@
 // Prefill kernels over quantized pages; a file of its own so that they compile side by side.
+// registers: prefill_kernel 200
 #include "attention_prefill_kernel.cuh"
 
 namespace exl {

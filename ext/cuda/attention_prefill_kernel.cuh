@@ -3,6 +3,7 @@
 
 #include <climits>
 
+#include "attention_dims.h"
 #include "attention_prefill.cuh"
 
 namespace exl {
@@ -148,16 +149,13 @@ void launch_prefill(const CudaAttention& a, dim3 grid, cudaStream_t stream) {
 
 template <bool kCodes>
 void prefill_by_dim(const CudaAttention& args, dim3 grid, cudaStream_t stream) {
+#define EXL_DIM(dim) \
+  case dim: return launch_prefill<dim, kCodes>(args, grid, stream);
   switch (args.head_dim) {
-    case 16: return launch_prefill<16, kCodes>(args, grid, stream);
-    case 32: return launch_prefill<32, kCodes>(args, grid, stream);
-    case 64: return launch_prefill<64, kCodes>(args, grid, stream);
-    case 80: return launch_prefill<80, kCodes>(args, grid, stream);
-    case 96: return launch_prefill<96, kCodes>(args, grid, stream);
-    case 128: return launch_prefill<128, kCodes>(args, grid, stream);
-    case 256: return launch_prefill<256, kCodes>(args, grid, stream);
+    EXL_ATTENTION_DIMS(EXL_DIM)
     default: throw std::runtime_error("attention: no kernel for heads of " + std::to_string(args.head_dim) + " values");
   }
+#undef EXL_DIM
 }
 
 }  // namespace

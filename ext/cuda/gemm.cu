@@ -1,3 +1,4 @@
+// registers: multiply 168
 #include "skinny.h"
 
 #include "skinny.cuh"

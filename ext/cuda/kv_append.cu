@@ -126,14 +126,15 @@ __global__ void __launch_bounds__(32 * kAppendWarps) kv_append_kernel(const KvAp
   if (bits == 0) {
     for (int d = lane; d < a.head_dim; d += 32) store_element(pages, a.page_dtype, row * a.head_dim + d, head[d]);
   } else {
-    store_codes(head, a.head_dim, bits, static_cast<uint8_t*>(pages) + row * (is_key ? key_row : value_row), codes[warp]);
+    uint8_t* to = static_cast<uint8_t*>(pages) + row * (is_key ? key_row : value_row);
+    store_codes(head, a.head_dim, bits, to, codes[warp]);
   }
 }
 
 }  // namespace
 
 void kv_append_cuda(const KvAppend& a, cudaStream_t stream) {
-  const int64_t units = (a.q != nullptr ? a.heads : 0) + (a.k != nullptr ? a.kv_heads : 0) + (a.v != nullptr ? a.kv_heads : 0);
+  const int64_t kinds = (a.k != nullptr) + (a.v != nullptr), units = (a.q != nullptr ? a.heads : 0) + kinds * a.kv_heads;
   const int64_t blocks = (a.tokens * units + kAppendWarps - 1) / kAppendWarps;
   if (blocks == 0 || a.head_dim == 0) return;
   EXL_LAUNCH(kv_append_kernel, dim3(unsigned(blocks)), dim3(32 * kAppendWarps),

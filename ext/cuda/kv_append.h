@@ -8,9 +8,9 @@
 //   pages   float32, half or bfloat16 (slots, kv_heads, head_dim), or rows of codes, see ../common/kv_rows.h
 //   slots   int64 (tokens): pages[slots[t]] <- token t. Distinct. One outside [0, slot_count) is not written
 //
-// q, or k and v with their pages, may be null. Elements from rotary_dim on stay as they are. Rotation in float32 without
+// q, or v with the pages, may be null. Elements from rotary_dim on stay as they are. Rotation is in float32 without
 // fused operations, rounded to k's dtype before it is stored, rounded to nearest even or quantized: the bits of
-// exl_runtime/ops/{rope,kv_append,kv_quant}.py. (A NaN's payload may differ.)
+// exl_runtime/ops/{rope,kv_append,kv_quant}.py. (The payload of a NaN may differ.)
 //
 // reference: exl_runtime/ops/rope.py, kv_append.py, kv_quant.py      test: tests/cuda/test_kv_append.py
 #pragma once

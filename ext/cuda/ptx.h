@@ -15,7 +15,8 @@ PTX_FN uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__c
 
 // ---- matrix multiply: d = a * b + c, one warp, fp32 accumulators; d and c may be the same array -------------------
 // a 16x16 row-major: a[0] rows g, k 2t..; a[1] rows g+8; a[2] rows g, k 2t+8..; a[3] rows g+8, k 2t+8..
-// b 16x8 by columns: b[0] k 2t.., column g; b[1] k 2t+8..     c, d 16x8: [0] row g, column 2t; [1] 2t+1; [2], [3] row g+8
+// b 16x8 by columns: b[0] k 2t.., column g; b[1] k 2t+8..
+// c, d 16x8: [0] row g, column 2t; [1] row g, column 2t+1; [2], [3] the same of row g+8
 // with g = lane / 4, t = lane % 4; two elements to a register, the lower k in the lower half.
 
 PTX_FN void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -72,10 +73,13 @@ PTX_FN void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row EXL_HERE_) { PTX
 // newest groups are done), to others after a barrier on top.
 
 #if defined(__CUDACC__)
-#define PTX_CP_ASYNC(cache, size, src_size) \
-  asm volatile("cp.async." cache ".shared.global [%0], [%1], " size ", %2;" ::"r"(shared_address(dst)), "l"(src), "r"(src_size) : "memory")
+#define PTX_CP_ASYNC(cache, size, src_size)                                                                     \
+  asm volatile("cp.async." cache ".shared.global [%0], [%1], " size ", %2;" ::"r"(shared_address(dst)), "l"(src), \
+               "r"(src_size)                                                                                    \
+               : "memory")
 #else
-#define PTX_CP_ASYNC(cache, size, src_size) exl_emu::cp_async(dst, src, (size)[0] == '1' ? 16 : (size)[0] - '0', src_size, f_, l_)
+#define PTX_CP_ASYNC(cache, size, src_size) \
+  exl_emu::cp_async(dst, src, (size)[0] == '1' ? 16 : (size)[0] - '0', src_size, f_, l_)
 #endif
 PTX_FN void cp_async4(void* dst, const void* src EXL_HERE_) { PTX_CP_ASYNC("ca", "4", 4); }
 PTX_FN void cp_async8(void* dst, const void* src EXL_HERE_) { PTX_CP_ASYNC("ca", "8", 8); }
@@ -202,7 +206,7 @@ PTX_FN uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// Byte i of the result is byte (selector nibble i) of the eight bytes b:a; a nibble's top bit asks for the sign instead.
+// Byte i of the result is byte (selector nibble i) of the eight bytes b:a; with a nibble's top bit set, its sign.
 PTX_FN uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 #if defined(__CUDACC__)
   uint32_t r;

@@ -53,10 +53,12 @@ struct Multiply {
     }
   }
 
-  // from: this lane's piece of row lane / 4. Rows past the last stay zero: their results are never read.
+  // from: this lane's piece of its row of the first eight, which is the last row for lanes past it: what they multiply is
+  // never read. rows_left: rows from lane / 4 on.
   __device__ __forceinline__ void load_x(const uint4* from, int rows_left) {
+    x[0] = from[0];
 #pragma unroll
-    for (int j = 0; j < kN8; ++j) {
+    for (int j = 1; j < kN8; ++j) {
       x[j] = make_uint4(0, 0, 0, 0);
       if (8 * j < rows_left) x[j] = from[32 * j];
     }
@@ -130,26 +132,25 @@ struct Multiply {
       waited = true;
     }
     const int row = first_row + (lane >> 2), rows_left = work.m - row;
-    const uint4* x_from = static_cast<const uint4*>(work.staged) + (int64_t(begin) * work.m + row) * 4 + (lane & 3);
+    const uint4* x_from = static_cast<const uint4*>(work.staged) +
+                          (int64_t(begin) * work.m + min(row, work.m - 1)) * 4 + (lane & 3);
     const int64_t x_step = int64_t(work.m) * 4;
     Multiply next;  // only its x is used: of the unit after this one
     if (kN8 <= 2 && begin < end) next.load_x(x_from, rows_left);
     uint32_t running = 0;
-    for (int u = begin, at = 0, last = (kStages - 1) * work.slot_bytes; u < end; ++u) {
+    for (int u = begin, at = 0; u < end; ++u) {
       if constexpr (kN8 <= 2) {
 #pragma unroll
         for (int j = 0; j < kN8; ++j) x[j] = next.x[j];
-        x_from += x_step;
-        if (u + 1 < end) next.load_x(x_from, rows_left);
+        next.load_x(u + 1 < end ? x_from + x_step : x_from, rows_left);
       } else {
         load_x(x_from, rows_left);
-        x_from += x_step;
       }
       const uint32_t entry = __ldg(&entries[u].bits_group);
       const int bits = int(entry & 255u);
       ptx::cp_async_wait<kStages - 2>();
       __syncwarp();  // the tile is there for all lanes, and all have read the one before, which is overwritten next
-      issue(u + kStages - 1, last);
+      issue(u + kStages - 1, at == 0 ? (kStages - 1) * work.slot_bytes : at - work.slot_bytes);
       const unsigned char* tile_bytes = ring + at;
       if (entry != running) {
         if (running != 0) scale_group();
@@ -164,7 +165,7 @@ struct Multiply {
         case 6: unit<6>(tile_bytes, lane); break;
         default: unit<8>(tile_bytes, lane); break;
       }
-      last = at;
+      x_from += x_step;
       at = at == (kStages - 1) * work.slot_bytes ? 0 : at + work.slot_bytes;
     }
     if (running != 0) scale_group();
@@ -184,19 +185,45 @@ struct Multiply {
   }
 };
 
-__device__ __forceinline__ void finish(const LinearOutput& out, float sum, float factor, int64_t row, int n,
-                                       int outputs) {
-  const int64_t at = row * outputs + n;
-  const float bias = out.bias == nullptr ? 0.0f : __half2float(static_cast<const __half*>(out.bias)[n]);
-  const float v = fmaf(sum, factor, bias);
-  if (out.stream != nullptr) {
-    out.stream[at] += v;
-  } else if (out.dtype == Dtype::float32) {
+__device__ __forceinline__ float activate(Gate gate, float x) {
+  switch (gate) {
+    case Gate::silu: return x / (1.0f + expf(-x));  // x / infinity is 0, as it should be
+    case Gate::gelu: return 0.5f * x * erfcf(-0.707106781f * x);
+    case Gate::gelu_tanh: {  // 0.5 (1 + tanh y) is 1 / (1 + e^-2y)
+      const float y = 0.797884561f * fmaf(0.044715f * x * x, x, x);
+      return x / (1.0f + expf(-2.0f * y));
+    }
+    default: return x < 0.0f ? 0.0f : x;  // NaN stays
+  }
+}
+
+__device__ __forceinline__ void write(const LinearOutput& out, int64_t at, float v) {
+  if (out.dtype == Dtype::float32) {
     static_cast<float*>(out.y)[at] = v;
   } else if (out.dtype == Dtype::float16) {
     static_cast<__half*>(out.y)[at] = __float2half_rn(v);
   } else {
     static_cast<__nv_bfloat16*>(out.y)[at] = __float2bfloat16(v);
+  }
+}
+
+// `sum(column)` is the sum of a column of the block's group; n the output of column i. With a gate, `pair` columns on.
+template <class Sum>
+__device__ __forceinline__ void finish(const LinearWork& work, const LinearOutput& out, int64_t row, int i, int n,
+                                       int outputs, int pair, Sum sum) {
+  if (n >= outputs || (pair > 0 && i >= pair)) return;
+  const int64_t at = row * outputs + n;
+  const float factor = work.factors[row];
+  if (pair > 0) {
+    write(out, at, activate(work.gate, sum(i) * factor) * (sum(i + pair) * factor));
+    return;
+  }
+  const float bias = out.bias == nullptr ? 0.0f : __half2float(static_cast<const __half*>(out.bias)[n]);
+  const float v = fmaf(sum(i), factor, bias);
+  if (out.stream != nullptr) {
+    out.stream[at] += v;
+  } else {
+    write(out, at, v);
   }
 }
 
@@ -214,30 +241,40 @@ __global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>
   bool waited = false;
   M mine;
 
+  const bool paired = work.gate != Gate::none;
+  const int pair = paired ? M::kColumns / 2 : 0;  // columns
+  constexpr int kHalf = WN / 2;
+
   for (int s = work.first[blockIdx.x]; s < work.first[blockIdx.x + 1]; ++s) {
-    const Segment segment = work.segments[s];
-    const CudaMatrix& w = work.matrix[segment.matrix];
-    const LinearOutput& out = work.output[segment.matrix];
-    const int units = segment.end - segment.begin, column = segment.column + warp_n;
-    int begin = segment.begin + units * warp_k / WK;
-    const int end = segment.begin + units * (warp_k + 1) / WK;
-    if (column * kTileColumns32 >= w.outputs) begin = end;  // the last column group may be incomplete
-    mine.stream(w, work, column, begin, end, ring, first_row, lane, waited);
+    {
+      const Segment segment = work.segments[s];
+      const CudaMatrix& w = work.matrix[paired ? warp_n / kHalf : segment.matrix];
+      const int units = segment.end - segment.begin, column = segment.column + (paired ? warp_n % kHalf : warp_n);
+      int begin = segment.begin + units * warp_k / WK;
+      const int end = segment.begin + units * (warp_k + 1) / WK;
+      if (column * kTileColumns32 >= w.outputs) begin = end;  // the last column group may be incomplete
+      mine.stream(w, work, column, begin, end, ring, first_row, lane, waited);
+    }
     __syncthreads();
     mine.put(shared_sums + warp_k * ROWS * M::kPitch, warp_n, lane);
     __syncthreads();
 
+    const Segment segment = work.segments[s];  // read again: registers are short above
+    const LinearOutput& out = work.output[segment.matrix];
     float* part = work.partials + (slot_zero + segment.slot) * M::kSums;
-    const int n0 = segment.column * kTileColumns32;
+    const int n0 = segment.column * kTileColumns32, outputs = work.matrix[segment.matrix].outputs;
     for (int i = int(threadIdx.x); i < rows * M::kColumns; i += 32 * M::kWarps) {
       const int row = i / M::kColumns, n = i % M::kColumns;
-      float sum = shared_sums[row * M::kPitch + n];
+      const auto sum = [&](int at) {
+        float total = shared_sums[row * M::kPitch + at];
 #pragma unroll
-      for (int k = 1; k < WK; ++k) sum += shared_sums[(k * ROWS + row) * M::kPitch + n];
+        for (int k = 1; k < WK; ++k) total += shared_sums[(k * ROWS + row) * M::kPitch + at];
+        return total;
+      };
       if (segment.pieces > 1) {
-        __stcg(part + int64_t(segment.piece) * M::kSums + i, sum);
-      } else if (n0 + n < w.outputs) {
-        finish(out, sum, work.factors[first_row + row], first_row + row, n0 + n, w.outputs);
+        __stcg(part + int64_t(segment.piece) * M::kSums + i, sum(n));
+      } else {
+        finish(work, out, first_row + row, n, n0 + n, outputs, pair, sum);
       }
     }
     if (segment.pieces > 1) {
@@ -252,11 +289,13 @@ __global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>
       if (last[0]) {
         for (int i = int(threadIdx.x); i < rows * M::kColumns; i += 32 * M::kWarps) {
           const int row = i / M::kColumns, n = i % M::kColumns;
-          float sum = __ldcg(part + i);
-          for (int p = 1; p < segment.pieces; ++p) sum += __ldcg(part + int64_t(p) * M::kSums + i);
-          if (n0 + n < w.outputs) {
-            finish(out, sum, work.factors[first_row + row], first_row + row, n0 + n, w.outputs);
-          }
+          const auto sum = [&](int at) {
+            const float* from = part + row * M::kColumns + at;
+            float total = __ldcg(from);
+            for (int p = 1; p < segment.pieces; ++p) total += __ldcg(from + int64_t(p) * M::kSums);
+            return total;
+          };
+          finish(work, out, first_row + row, n, n0 + n, outputs, pair, sum);
         }
         if (threadIdx.x == 0) atomicExch(ticket, 0);
       }

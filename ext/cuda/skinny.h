@@ -12,8 +12,15 @@
 // Where several segments share a column group, each leaves its sums in `partials`; the last to arrive adds them in
 // order. The order is fixed by the plan, so results are reproducible to the bit.
 //
+// With a gate, two matrices with the same inputs and outputs become one result, activation(x @ W0) * (x @ W1): half of
+// the warps of a block work on columns of the one, half on the same columns of the other.
+//
+//   silu  x / (1 + e^-x)      gelu       x * Phi(x) (the exact one, with the error function)
+//   relu  max(x, 0)           gelu_tanh  0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+//
 //   staged, factors   skinny_stage.h, of m rows
-//   segments, first   block b of threads works on segments first[b] .. first[b + 1] - 1
+//   segments, first   block b of threads works on segments first[b] .. first[b + 1] - 1. With a gate they are those of
+//                     matrix 0, each of half as many tile columns
 //   partials          float [row blocks][slots][64 or 128 columns][kSkinnyRows or kGemmRows]
 //   tickets           int32 [row blocks][slots], zero; zero again afterwards
 //
@@ -30,6 +37,8 @@ constexpr int kMostMatrices = 8;  // in one launch
 constexpr int kSkinnyRows = 32, kSkinnyColumns = 2;  // rows at most; tile columns of a block of threads
 constexpr int kGemmRows = 64, kGemmColumns = 4;      // rows of a row block
 constexpr int kMostGemmRows = 256;
+
+enum class Gate : int32_t { none, silu, gelu, gelu_tanh, relu };
 
 struct Segment {
   int32_t matrix;
@@ -60,6 +69,7 @@ struct LinearWork {
   int32_t slots;
   int32_t m;
   int32_t slot_bytes;  // of the ring: the widest tile and a scale record
+  Gate gate;           // the result goes to output[0], without bias and stream
 };
 
 void skinny_cuda(const LinearWork& work, cudaStream_t stream);  // m of 1 to 32, segments of kSkinnyColumns

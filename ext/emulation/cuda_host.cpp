@@ -212,7 +212,8 @@ void check_launch(const char* name, dim3 grid, dim3 block, size_t smem) {
   const auto refuse = [&](const char* why) { throw KernelError(std::string(name) + ": " + why); };
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (!threads || threads > 1024 || block.z > 64) refuse("bad block size");
-  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("bad grid size");
+  if (!grid.x || !grid.y || !grid.z) refuse("bad grid size");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("bad grid size");
   if (smem > g_config.smem_limit) refuse("too much dynamic shared memory");
 }
 

@@ -56,7 +56,9 @@ void warp_op(Kind kind, unsigned mask, void* arg, WarpFn exec, const char* file,
   const unsigned full = lanes == 32 ? ~0u : (1u << lanes) - 1;
   if (!(mask >> f->lane & 1)) fail(file, line, "warp operation: the calling lane is not in its mask");
   mask &= full;
-  if (full != ~0u && (kind == Kind::mma || kind == Kind::ldmatrix)) fail(file, line, "mma or ldmatrix in a partial warp");
+  if (full != ~0u && (kind == Kind::mma || kind == Kind::ldmatrix)) {
+    fail(file, line, "mma or ldmatrix in a partial warp");
+  }
   for (unsigned i = 0; i < lanes; ++i) {
     if ((mask >> i & 1) && g_block[base + i]->state == State::done) {
       fail(file, line, "warp operation: lane " + std::to_string(i) + " in the mask has exited");

@@ -193,3 +193,21 @@ def test_a_context_of_32k_tokens(card) -> None:
     for change in ({"dtype": F16}, {"bits": (4, 4)}):
         case = Case([(1, 32768), (40, 32768)], heads=8, head_dim=128, page=256, device=card.device, **change)
         check(case, own(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, (4, 4)])
+def test_a_captured_step_replays_with_other_lengths(card, bits: tuple[int, int] | None) -> None:
+    if card.emulated:
+        pytest.skip("graphs are a card's")
+    case = Case([(1, 1500), (1, 40)], bits=bits, page=256, device=card.device)
+    arguments = list(case.arguments())
+    cuda.paged_attention(*arguments)  # the workspace is there before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.paged_attention(*arguments)
+    for lengths in ([1500, 40], [3, 39], [1025, 1]):
+        arguments[4].copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        replayed = out.clone()
+        assert same_bits(replayed.cpu(), cuda.paged_attention(*arguments).cpu())

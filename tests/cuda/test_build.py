@@ -68,6 +68,9 @@ def test_what_is_missing_is_said_with_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match="no CUDA compiler") as none:
         find_nvcc("13.0", among=[str(tmp_path / "nvcc")])
     assert "pip install 'nvidia-cuda-nvcc==13.0.*'" in (none.value.hint or "")
+    with pytest.raises(BackendUnavailable, match="no CUDA compiler") as none:
+        find_nvcc("12.8", among=[])
+    assert none.value.hint == "install the CUDA 12 toolkit"
     old = fake_nvcc(tmp_path, "12.8")
     with pytest.raises(BackendUnavailable, match=r"built for CUDA 13\.0, but .* others: .*nvcc \(CUDA 12\.8\)"):
         find_nvcc("13.0", among=[old])

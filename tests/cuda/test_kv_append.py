@@ -65,9 +65,7 @@ def test_append_rounds_as_torch_does(card, dtype: torch.dtype, held: torch.dtype
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (128, 96), (2, 2), (20, 0)])
 def test_rope_equals_the_reference_to_the_bit(card, dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
-    fused = heads(7, 6 * head_dim).to(
-        dtype
-    )  # 4 heads of queries beside 2 of keys
+    fused = heads(7, 6 * head_dim).to(dtype)  # 4 heads of queries beside 2 of keys
     cos, sin = angles(7, rotary_dim)
     wanted = reference.rope(
         fused[:, : 4 * head_dim].view(7, 4, head_dim), fused[:, 4 * head_dim :].view(7, 2, head_dim), cos, sin

@@ -1,11 +1,13 @@
 """The choice of CUDA matrices, dense ones, several at once, and how work is cut."""
 
+import gc
 from itertools import accumulate
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
-from cuda_matrices import EVERY_WIDTH, assert_sums, exl2, gptq, halves, packed, random
+from cuda_matrices import EVERY_WIDTH, assert_sums, exl2, gptq, halves, packed, random, unrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import dense_tensors, exl2_tensors
@@ -13,12 +15,13 @@ from oracles import same_bits
 
 from exl_runtime.errors import BackendUnavailable
 from exl_runtime.formats import LinearShape, load_linear
+from exl_runtime.ops.activation import gated
 from exl_runtime.ops.linear import select, workspace_cuda
 from exl_runtime.ops.linear.dense_cuda import DenseCuda
 from exl_runtime.ops.linear.exl2_cuda import Exl2Cuda
 from exl_runtime.ops.linear.gptq_cuda import GptqCuda
-from exl_runtime.ops.linear.packed_cuda import into_half, multiply_together
-from exl_runtime.ops.linear.plan_cuda import cut
+from exl_runtime.ops.linear.packed_cuda import gated_together, into_half, multiply_together
+from exl_runtime.ops.linear.plan_cuda import cut, largest_piece
 
 Card = Any
 
@@ -95,6 +98,42 @@ def test_together(card: Card, rows: int) -> None:
         assert all(same_bits(a, b[:1]) for a, b in zip(first, results, strict=True))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_gated(card: Card, activation: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace_cuda, "FEWEST_UNITS", 2)
+    formats = same_order((EVERY_WIDTH, 168), ([(5, 160), (4, 160)], 168))
+    gate, up = (packed(w, card.device) for w in formats)
+    x = halves(rows, 320) * 8
+    y = gated_together(gate, up, *card.on(x), activation, wide=True)
+    assert y is not None and y.dtype == torch.float32
+    exact = unrounded if rows <= 32 else lambda w: w.dequantize().double()
+    expected = gated(x.double() @ exact(formats[0]), x.double() @ exact(formats[1]), activation)
+    sizes = [x.double().abs() @ exact(w).abs() for w in formats]
+    relative = (320 / 8 + 64) * 2.0**-22
+    ups = x.double() @ exact(formats[1])
+    # An activation is at most 1.13 times as steep as its input; evaluated within 2^-20 of its input's size.
+    bound = relative * (1.13 * sizes[0] * (ups.abs() + sizes[1] * relative) + sizes[0] * sizes[1])
+    bound = bound + 2.0**-20 * sizes[0] * ups.abs()
+    assert ((y.cpu().double() - expected).abs() <= bound).all()
+    assert bound.mean() < 1e-2 * expected.abs().mean()  # or it would say nothing
+    half = gated_together(gate, up, *card.on(x), activation)
+    assert half is not None and same_bits(half, y.half())
+    if rows == 20:
+        card.every_order(lambda: gated_together(gate, up, *card.on(x), activation, wide=True))
+        for some in (1, 8, 9):
+            few = gated_together(gate, up, *card.on(x[:some]), activation, wide=True)
+            assert few is not None and same_bits(few, y[:some])
+
+
+def test_not_gated(card: Card) -> None:
+    a, b = (packed(w, card.device) for w in same_order((EVERY_WIDTH, 64), (EVERY_WIDTH, 32)))
+    (x,) = card.on(halves(2, 320))
+    assert gated_together(a, b, x, "silu") is None
+    assert gated_together(a, a, x, "tanh") is None
+    assert gated_together(a, packed(exl2(EVERY_WIDTH, 64, seed=3), card.device), x, "silu") is None
+
+
 def test_not_together(card: Card) -> None:
     a, b = packed(exl2(EVERY_WIDTH, 32, seed=1), card.device), packed(exl2(EVERY_WIDTH, 32, seed=2), card.device)
     (x,) = card.on(halves(2, 320))
@@ -131,6 +170,19 @@ def test_outgrown_buffers_stay_for_recorded_graphs(card: Card, monkeypatch: pyte
     assert space.staged is before
     space.reserve(128, 128)
     assert space.staged is not before and any(old is before for old in space.outgrown)
+
+
+def test_the_last_matrix_takes_the_buffers_along(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace_cuda, "_workspaces", WeakValueDictionary())
+    first, second = (packed(exl2(EVERY_WIDTH, 32), card.device) for _ in range(2))
+    first(*card.on(halves(1, 320)))
+    del first
+    gc.collect()
+    assert len(workspace_cuda._workspaces) == 1
+    second(*card.on(halves(1, 320)))
+    del second
+    gc.collect()
+    assert len(workspace_cuda._workspaces) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,12 +225,19 @@ def test_cuts_cover_everything_once(
             taken |= own
 
 
-def test_pieces_have_equal_bytes() -> None:
-    lines = tuple(accumulate([6] * 32 + [4] * 64 + [3] * 32, initial=0))
-    plan = cut([(4096, lines), (1024, lines), (1024, lines)], width=2, blocks=264, fewest=16, most_slots=600)
-    assert len(plan.first) - 1 > 200
-    sizes = [
-        sum(lines[end] - lines[begin] for _, _, begin, end, *_ in plan.segments[a:b])
-        for a, b in zip(plan.first, plan.first[1:], strict=False)
-    ]
-    assert max(sizes) <= sum(sizes) / 264 + 2 * 16 * 6
+@pytest.mark.parametrize("processors", [64, 82, 128, 132, 170])
+def test_pieces_have_about_equal_bytes(processors: int) -> None:
+    """The busiest block has at most a quarter more than its share, for the matrices of usual models and cards."""
+    lines = tuple(accumulate([6] * 12 + [4] * 84 + [3] * 32, initial=0))
+    long = tuple(accumulate([5] * 44 + [4] * 300, initial=0))
+    for matrices in (
+        [(4096, lines)],
+        [(4096, lines), (1024, lines), (1024, lines)],
+        [(11008, lines), (11008, lines)],
+        [(4096, long)],
+        [(128256, lines)],
+    ):
+        blocks = processors * workspace_cuda.BLOCKS_PER_PROCESSOR
+        plan = cut(matrices, width=2, blocks=blocks, fewest=workspace_cuda.FEWEST_UNITS, most_slots=2 * blocks + 8)
+        total = sum(-(-outputs // 64) * lined[-1] for outputs, lined in matrices)
+        assert largest_piece(plan, matrices) <= 1.25 * total / blocks, (matrices[0][0], len(plan.first) - 1)

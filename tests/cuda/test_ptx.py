@@ -113,6 +113,23 @@ def test_ldmatrix(golden: Vectors, name: str, count: int, trans: bool) -> None:
         assert not got[lane, count:].any()
 
 
+def test_movmatrix(golden: Vectors) -> None:
+    words, _ = inputs()
+    for which in range(2):
+        matrix = words[32 * which : 32 * which + 32].view(np.uint16).reshape(8, 8)  # lane (g, t): row g, columns 2t..
+        turned = np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint32)
+        assert np.array_equal(golden["movmatrix_trans"][:, which], turned)
+    assert not golden["movmatrix_trans"][:, 2:].any()
+
+
+def test_barriers_and_atomics(golden: Vectors) -> None:
+    words, _ = inputs()
+    x, y = words[:32], words[32:64]
+    got = golden["barrier_atomics"]
+    assert (got[:, 0] == (x & 1).sum()).all() and (got[:, 1] == 0 + 2 + 4).all()
+    assert (got[:, 2] == (x & 255).sum()).all() and (got[:, 3] == (y & 0xFFFF).max() + (4 << 16)).all()
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("kind", ["", "_zfill", "_hint"])
 def test_cp_async(golden: Vectors, size: int, kind: str) -> None:

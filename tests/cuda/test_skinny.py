@@ -116,7 +116,7 @@ def test_bias(card: Card) -> None:
     w = exl2(EVERY_WIDTH, 72)
     kernel = packed(w, card.device)
     x, bias = card.on(halves(5, 320), halves(72, seed=2))
-    (y,) = Plan([kernel.matrix], workspace_cuda.workspace(card.device), [bias])(x, wide=True)
+    (y,) = Plan([kernel.matrix], workspace_cuda.workspace(card.device), biases=[bias])(x, wide=True)
     assert same_bits(y, kernel.float32(x) + bias.float())
 
 

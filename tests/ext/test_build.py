@@ -189,7 +189,7 @@ def test_a_library_that_verifies_but_does_not_load_is_built_again_once(
     assert load(settings, quiet).fresh
     assert getattr(torch.ops, namespace).number() == 42
 
-    def broken(*_: object, again: bool = False) -> Built:
+    def broken(*_: object, again: bool = False, **_more: object) -> Built:
         (folder / "other.so").write_bytes(b"still not a library")
         return Built(file=folder / "other.so", key="", fresh=again, seconds=0)
 

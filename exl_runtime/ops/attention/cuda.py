@@ -110,23 +110,32 @@ def run(
 
 
 def _workspace(q: Tensor, k_pages: Tensor, pages: Tensor, window: int | None) -> _Workspace:
-    """Memory for these shapes. Grown by leaps, so that few sizes are ever outgrown."""
-    space = _workspaces.get(q.device)
-    if space is None:
-        empty = torch.empty(0, dtype=torch.float32, device=q.device)
-        space = _workspaces[q.device] = _Workspace(empty, torch.zeros(0, dtype=torch.int32, device=q.device))
+    """Memory for these shapes."""
+    space = _workspaces.get(q.device) or _grow(q.device, 0, 0)
     key = (*q.shape, *k_pages.shape[1:3], *pages.shape, window)
     need = space.needs.get(key)
     if need is None:
         if len(space.needs) > 1000:
             space.needs.clear()
         need = space.needs[key] = tuple(cuda_ops(q.device).decode_workspace(q, k_pages, pages, window))
-    if need[0] > space.partial.numel():
+    if need[0] > space.partial.numel() or need[1] > space.tickets.numel():
+        _grow(q.device, *need)
+    return space
+
+
+@torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
+def _grow(device: torch.device, floats: int, tickets: int) -> _Workspace:
+    """By leaps, so that few sizes are ever outgrown."""
+    space = _workspaces.get(device)
+    if space is None:
+        empty = torch.empty(0, dtype=torch.float32, device=device)
+        space = _workspaces[device] = _Workspace(empty, torch.zeros(0, dtype=torch.int32, device=device))
+    if floats > space.partial.numel():
         space.outgrown.append(space.partial)
-        space.partial = torch.empty(_leap(need[0]), dtype=torch.float32, device=q.device)
-    if need[1] > space.tickets.numel():
+        space.partial = torch.empty(_leap(floats), dtype=torch.float32, device=device)
+    if tickets > space.tickets.numel():
         space.outgrown.append(space.tickets)
-        space.tickets = torch.zeros(_leap(need[1]), dtype=torch.int32, device=q.device)
+        space.tickets = torch.zeros(_leap(tickets), dtype=torch.int32, device=device)
     return space
 
 

@@ -12,18 +12,26 @@ from .tiles_cuda import COLUMNS, MOST_OUTPUTS, CudaMatrix
 from .workspace_cuda import MOST_ROWS, Workspace, workspace
 
 MOST_TOGETHER = 8  # matrices in one launch, ext/cuda/skinny.h
+GATES = ("silu", "gelu", "gelu_tanh", "relu")  # of one launch, in the order of ext/cuda/skinny.h
 FACTOR_AT = 15.0  # binary logarithm: rows larger than 2^15 are scaled down before they become half
 
 
 class Plan:
     """One launch: matrices that take the same input, and how their work is cut."""
 
-    def __init__(self, matrices: Sequence[CudaMatrix], space: Workspace, biases: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[CudaMatrix],
+        space: Workspace,
+        *,
+        biases: Sequence[Tensor] = (),
+        gate: str | None = None,
+    ) -> None:
         first = matrices[0]
         self._space = space
         self._ops = native.cuda_ops(space.device)
         self._keep = (tuple(matrices), tuple(biases))
-        segments, starts, slots = space.cuts([(w.outputs, w.lines) for w in matrices])
+        segments, starts, slots = space.cuts([(w.outputs, w.lines) for w in matrices], gated=gate is not None)
         self._tables = (segments, starts, space.partials, space.tickets)
         self._blob = self._ops.linear_plan(
             [w.blob for w in matrices],
@@ -35,6 +43,7 @@ class Plan:
             slots,
             space.partials,
             space.tickets,
+            0 if gate is None else GATES.index(gate) + 1,
         )
 
     def __call__(self, x: Tensor, *, wide: bool = False, stream: Tensor | None = None) -> list[Tensor]:
@@ -64,7 +73,7 @@ class PackedCuda(LinearKernel):
         self._space = workspace(device)
         self._space.reserve((len(matrix.lines) - 1) * COLUMNS, matrix.inputs)
         self._plan = Plan([matrix], self._space)
-        self._together: dict[tuple[int, ...], Plan | None] = {}
+        self._together: dict[tuple[int | str, ...], Plan | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the base class."""
@@ -147,18 +156,36 @@ def multiply_together(kernels: Sequence[LinearKernel], x: Tensor) -> list[Tensor
     if not isinstance(first, PackedCuda) or len(kernels) > MOST_TOGETHER or x.shape[:-1].numel() > MOST_ROWS:
         return None
     key = tuple(id(kernel) for kernel in kernels)
-    plan = first._together.get(key)
+    if key not in first._together:
+        first._together[key] = _join(kernels)
+    plan = first._together[key]
     if plan is None:
-        if key in first._together:
-            return None
-        plan = first._together[key] = _join(kernels)
-        if plan is None:
-            return None
+        return None
     results = plan(x.reshape(-1, x.shape[-1]).contiguous())
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
-def _join(kernels: Sequence[LinearKernel]) -> Plan | None:
+def gated_together(
+    gate: LinearKernel, up: LinearKernel, x: Tensor, activation: str, *, wide: bool = False
+) -> Tensor | None:
+    """activation(gate(x)) * up(x) by one launch, float32 throughout, or None where these kernels cannot be joined.
+
+    x (..., K) -> (..., N), dtype of x, or float32 if `wide`: products outgrow half precision in models that were made
+    for bfloat16. The same bits for any batch of up to 32 rows.
+    """
+    if not isinstance(gate, PackedCuda) or activation not in GATES or x.shape[:-1].numel() > MOST_ROWS:
+        return None
+    key = (id(gate), id(up), activation)
+    if key not in gate._together:
+        gate._together[key] = _join((gate, up), activation)
+    plan = gate._together[key]
+    if plan is None:
+        return None
+    y = plan(x.reshape(-1, x.shape[-1]).contiguous(), wide=wide)[0]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _join(kernels: Sequence[LinearKernel], gate: str | None = None) -> Plan | None:
     """The plan for all, if they are on one card and take their inputs in the same order."""
     packed = [kernel for kernel in kernels if isinstance(kernel, PackedCuda)]
     first = packed[0]
@@ -169,7 +196,9 @@ def _join(kernels: Sequence[LinearKernel]) -> Plan | None:
             return None
         if len(kernel.matrix.lines) != len(first.matrix.lines) or not _same(kernel.matrix.rows, first.matrix.rows):
             return None
-    return Plan([kernel.matrix for kernel in packed], first._space)
+        if gate is not None and kernel.matrix.outputs != first.matrix.outputs:
+            return None
+    return Plan([kernel.matrix for kernel in packed], first._space, gate=gate)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

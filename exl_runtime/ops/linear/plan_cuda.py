@@ -30,11 +30,21 @@ def cut(matrices: Sequence[tuple[int, Sequence[int]]], *, width: int, blocks: in
     fewest      units of a segment, except of a whole column group: shorter ones are not worth their start
     most_slots  partial sums that there is room for; fewer blocks are used where more would be needed
     """
+    groups = sum(-(-outputs // (TILE_COLUMN * width)) for outputs, _ in matrices)
     while True:
-        plan = _cut(matrices, width, blocks, fewest)
-        if plan.slots <= most_slots:
-            return plan
+        plans = [_cut(matrices, width, blocks, fewest)]
+        if 0 < groups <= blocks and blocks % groups:  # as many pieces of every column group may be more even
+            plans.append(_cut(matrices, width, blocks - blocks % groups, fewest))
+        plans = [plan for plan in plans if plan.slots <= most_slots]
+        if plans:
+            return min(plans, key=lambda plan: largest_piece(plan, matrices))
         blocks = blocks * 3 // 4
+
+
+def largest_piece(plan: Cut, matrices: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Lines of one tile column that the busiest block reads."""
+    sizes = [matrices[number][1][end] - matrices[number][1][begin] for number, _, begin, end, *_ in plan.segments]
+    return max((sum(sizes[a:b]) for a, b in pairwise(plan.first)), default=0)
 
 
 def _cut(matrices: Sequence[tuple[int, Sequence[int]]], width: int, blocks: int, fewest: int) -> Cut:

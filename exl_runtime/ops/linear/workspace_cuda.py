@@ -4,7 +4,9 @@ Sized when matrices are built, never per call. Products on one card run one afte
 safe; a second stream would need a second workspace.
 """
 
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ SKINNY_ROWS, SKINNY_WIDTH = 32, 2  # ext/cuda/skinny.h
 GEMM_ROWS, GEMM_WIDTH = 64, 4
 MOST_ROWS = 256
 BLOCKS_PER_PROCESSOR = 2
-FEWEST_UNITS = 16  # of a segment: four for each part of a block of threads
+FEWEST_UNITS = 8  # of a segment: two for each part of a block of threads
 PANEL_BYTES = 32 << 20  # of weights in half precision: stays in the second-level cache of most cards
 
 
@@ -43,27 +45,39 @@ class Workspace:
             self.outgrown.append(self.panel)
             self.panel = torch.empty(least, dtype=torch.float16, device=self.device)
 
-    def cuts(self, matrices: list[tuple[int, tuple[int, ...]]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Segments, first and slots of the three ranges of batch sizes (linear_plan), on the card."""
+    def cuts(
+        self, matrices: Sequence[tuple[int, tuple[int, ...]]], *, gated: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Segments, first and slots of the three ranges of batch sizes (linear_plan), on the card.
+
+        matrices  (outputs, lines before every unit and in all) of each; two if `gated`, which share every column group
+        """
         blocks = self.processors * BLOCKS_PER_PROCESSOR
         room = self.tickets.numel()
-        plans = [
-            cut(matrices, width=SKINNY_WIDTH, blocks=blocks, fewest=FEWEST_UNITS, most_slots=room),
-            cut(matrices, width=GEMM_WIDTH, blocks=blocks, fewest=FEWEST_UNITS, most_slots=room),
-            cut(matrices, width=GEMM_WIDTH, blocks=-(-blocks // 4), fewest=FEWEST_UNITS, most_slots=room // 4),
-        ]
-        segments, first = [], []
-        for plan in plans:
+        narrow = 1
+        if gated:
+            narrow = 2
+            (outputs, first_lines), (_, second_lines) = matrices
+            matrices = [(outputs, tuple(a + b for a, b in zip(first_lines, second_lines, strict=True)))]
+        segments, first, slots = [], [], []
+        for width, count, most in (
+            (SKINNY_WIDTH, blocks, room),
+            (GEMM_WIDTH, blocks, room),
+            (GEMM_WIDTH, -(-blocks // 4), room // 4),
+        ):
+            plan = cut(matrices, width=width // narrow, blocks=count, fewest=FEWEST_UNITS, most_slots=most)
             segments.append(self._table(plan))
             first.append(torch.tensor(plan.first, dtype=torch.int32, device=self.device))
-        return segments, first, [plan.slots for plan in plans]
+            slots.append(plan.slots)
+        return segments, first, slots
 
     def _table(self, plan: Cut) -> Tensor:
         rows = torch.tensor(plan.segments, dtype=torch.int32).view(-1, SEGMENT_WORDS)
         return rows.to(self.device)
 
 
-_workspaces: dict[torch.device, Workspace] = {}
+# A workspace lives as long as a matrix uses it: a closed model leaves nothing on the card.
+_workspaces: MutableMapping[torch.device, Workspace] = WeakValueDictionary()
 
 
 def workspace(device: torch.device) -> Workspace:
@@ -74,11 +88,6 @@ def workspace(device: torch.device) -> Workspace:
     if found is None:
         found = _workspaces[device] = _make(device)
     return found
-
-
-def release(device: torch.device) -> None:
-    """Forget the workspace of `device`: its memory is freed once no matrix uses it any more."""
-    _workspaces.pop(device, None)
 
 
 def _make(device: torch.device) -> Workspace:

@@ -1,6 +1,6 @@
-// What the bindings of CUDA kernels share. Every file here is built twice: into exl_cuda.so, where the operators live in
-// the namespace exl_cuda and take CUDA tensors, and (for tests, no GPU needed) into exl_cuda_emulated.so, where they live
-// in exl_cuda_emulated and take CPU tensors, which the same kernels then work on by way of ../../emulation.
+// What the bindings of CUDA kernels share. Every file here is built twice: into exl_cuda.so, where the operators live
+// in the namespace exl_cuda and take CUDA tensors, and (for tests, no GPU needed) into exl_cuda_emulated.so, where they
+// live in exl_cuda_emulated and take CPU tensors, which the same kernels then work on by way of ../../emulation.
 //
 //   #include "../../cuda/rms_norm.h"
 //   #include "library.h"

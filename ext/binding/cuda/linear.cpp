@@ -22,10 +22,11 @@ LinearCut linear_cut(const char* op, const Tensor& segments, const Tensor& first
 }
 
 // uint8 on the CPU: everything about one launch but the input. All tensors given must outlive it. `matrices` by
-// linear_matrix, all with the same rows; segments, first, slots for up to 32, 64 and 256 rows; biases one per matrix, or none.
+// linear_matrix, all with the same rows; segments, first, slots for up to 32, 64 and 256 rows; biases one per matrix, or
+// none. gate: 0, or which activation joins two matrices to one result (skinny.h).
 Tensor cuda_linear_plan(std::vector<Tensor> matrices, std::vector<Tensor> biases, const std::optional<Tensor>& rows,
                         int64_t inputs, std::vector<Tensor> segments, std::vector<Tensor> first,
-                        std::vector<int64_t> slots, const Tensor& partials, const Tensor& tickets) {
+                        std::vector<int64_t> slots, const Tensor& partials, const Tensor& tickets, int64_t gate) {
   const char* op = "linear_plan";
   EXL_CHECK(!matrices.empty() && matrices.size() <= size_t(kMostMatrices), "exl_cuda::", op, ": 1 to ", kMostMatrices,
             " matrices, got ", matrices.size());
@@ -54,6 +55,11 @@ Tensor cuda_linear_plan(std::vector<Tensor> matrices, std::vector<Tensor> biases
       plan.work.output[i].bias = biases[i].data_ptr();
     }
   }
+  EXL_CHECK(gate >= 0 && gate <= 4, "exl_cuda::", op, ": gate is 0 to 4, got ", gate);
+  EXL_CHECK(gate == 0 || (matrices.size() == 2 && biases.empty() &&
+                          plan.work.matrix[0].outputs == plan.work.matrix[1].outputs),
+            "exl_cuda::", op, ": a gate joins two matrices of as many outputs, without bias");
+  plan.work.gate = Gate(gate);
   EXL_CHECK(inputs >= 0 && (rows.has_value() || inputs <= plan.units * kUnitRows), "exl_cuda::", op, ": ", inputs,
             " inputs for ", plan.units, " units");
   if (rows.has_value()) {
@@ -93,7 +99,8 @@ void linear_stage(const Tensor& x, const int32_t* rows, const Tensor& staged, co
 }
 
 // The products of x (m, inputs), m at most 256, with all matrices of the plan. Results have x's dtype, or float32 if
-// `wide`; with `stream`, float32 (m, outputs), the result of the one matrix is added to it and nothing is returned.
+// `wide`; with a gate there is one. With `stream`, float32 (m, outputs), the result of the one matrix is added to it and
+// nothing is returned.
 std::vector<Tensor> cuda_linear_multiply(const Tensor& x, const Tensor& plan_blob, const Tensor& staged,
                                          const Tensor& factors, bool wide, const std::optional<Tensor>& stream) {
   const char* op = "linear_multiply";
@@ -115,7 +122,7 @@ std::vector<Tensor> cuda_linear_multiply(const Tensor& x, const Tensor& plan_blo
     check_shape(op, "stream", *stream, {m, work.matrix[0].outputs});
     work.output[0].stream = static_cast<float*>(stream->data_ptr());
   } else {
-    for (int64_t i = 0; i < plan.count; ++i) {
+    for (int64_t i = 0; i < (work.gate == Gate::none ? plan.count : 1); ++i) {
       results.push_back(empty_cuda({m, work.matrix[i].outputs}, wide ? ScalarType::Float : x.scalar_type(), x));
       work.output[i].y = results.back().data_ptr();
       work.output[i].dtype = wide ? Dtype::float32 : dtype;
@@ -141,7 +148,7 @@ std::vector<Tensor> cuda_linear_multiply(const Tensor& x, const Tensor& plan_blo
 EXL_CUDA_FRAGMENT(m) {
   m.def(
       "linear_plan(Tensor[] matrices, Tensor[] biases, Tensor? rows, int inputs, Tensor[] segments, Tensor[] first, "
-      "int[] slots, Tensor partials, Tensor tickets) -> Tensor");
+      "int[] slots, Tensor partials, Tensor tickets, int gate) -> Tensor");
   m.def(
       "linear_multiply(Tensor x, Tensor plan, Tensor(a!) staged, Tensor(b!) factors, bool wide, Tensor(c!)? stream) "
       "-> Tensor[]");

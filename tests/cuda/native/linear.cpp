@@ -177,7 +177,8 @@ Cuts cut(const std::vector<const Matrix*>& matrices, int width, int blocks) {
   return cuts;
 }
 
-void product(const std::vector<const Matrix*>& matrices, int m, int blocks, std::string& bytes) {
+// y of the matrices; with a gate of the two first together: silu(y0) * y1.
+void product(const std::vector<const Matrix*>& matrices, int m, int blocks, std::string& bytes, bool gated = false) {
   const Matrix& one = *matrices[0];
   const int inputs = one.units * kUnitRows;
   const bool skinny = m <= kSkinnyRows;
@@ -187,12 +188,13 @@ void product(const std::vector<const Matrix*>& matrices, int m, int blocks, std:
   check::Buffer<uint16_t> x(size_t(m) * inputs), staged(size_t(m) * inputs);
   check::Buffer<float> factors(static_cast<size_t>(m));
   for (size_t i = 0; i < x.size(); ++i) x[i] = float_to_half(float(int(random() % 2001) - 1000) * 1e-3f);
-  const Cuts cuts = cut(matrices, skinny ? kSkinnyColumns : kGemmColumns, blocks);
+  const int width = skinny ? kSkinnyColumns : kGemmColumns;
+  const Cuts cuts = gated ? cut({matrices[0]}, width / 2, blocks) : cut(matrices, width, blocks);
   const int row_blocks = skinny ? 1 : (m + kGemmRows - 1) / kGemmRows;
   check::Buffer<Segment> segments(cuts.segments);
   check::Buffer<int32_t> first(cuts.first), tickets(size_t(cuts.slots) * row_blocks);
-  const size_t sums = skinny ? kSkinnyColumns * 32 * kSkinnyRows : kGemmColumns * 32 * kGemmRows;
-  check::Buffer<float> partials(sums * size_t(cuts.slots) * size_t(row_blocks));
+  const size_t slot_sums = skinny ? kSkinnyColumns * 32 * kSkinnyRows : kGemmColumns * 32 * kGemmRows;
+  check::Buffer<float> partials(slot_sums * size_t(cuts.slots) * size_t(row_blocks));
   std::memset(tickets.data(), 0, tickets.size() * 4);
   LinearWork work{};
   std::vector<std::unique_ptr<check::Buffer<float>>> results;
@@ -213,25 +215,36 @@ void product(const std::vector<const Matrix*>& matrices, int m, int blocks, std:
   work.blocks = blocks;
   work.slots = cuts.slots;
   work.m = m;
+  work.gate = gated ? Gate::silu : Gate::none;
   skinny_stage_cuda(x.data(), Dtype::float16, rows.data(), staged.data(), factors.data(), m, inputs, one.units, nullptr);
   for (int again = 0; again < 2; ++again) {  // a launch has to leave its tickets as it found them
     for (auto& y : results) std::memset(y->data(), 0xff, y->size() * 4);
     (skinny ? skinny_cuda : gemm_cuda)(work, nullptr);
   }
-  for (size_t i = 0; i < matrices.size(); ++i) {
+  const auto sums = [&](const Matrix& w, int row, int n, double& size) {
+    double sum = size = 0;
+    for (int p = 0; p < inputs; ++p) {
+      double weight = w.weight(p, n);
+      if (!skinny) weight = double(half_to_float(float_to_half(float(weight))));
+      const double term = double(half_to_float(x[size_t(row) * inputs + order[size_t(p)]])) * weight;
+      sum += term;
+      size += std::fabs(term);
+    }
+    return sum;
+  };
+  const double error = (inputs / 8 + 64) * 0x1p-22;
+  for (size_t i = 0; i < (gated ? 1 : matrices.size()); ++i) {
     const Matrix& w = *matrices[i];
     for (int row = 0; row < m; row += m > 40 ? 7 : 1) {
       for (int n = 0; n < w.outputs; ++n) {
-        double sum = 0, size = 0;
-        for (int p = 0; p < inputs; ++p) {
-          double weight = w.weight(p, n);
-          if (!skinny) weight = double(half_to_float(float_to_half(float(weight))));
-          const double term = double(half_to_float(x[size_t(row) * inputs + order[size_t(p)]])) * weight;
-          sum += term;
-          size += std::fabs(term);
-        }
         const int64_t at = int64_t(row) * w.outputs + n;
-        check::near(double((*results[i])[size_t(at)]), sum, (inputs / 8 + 64) * 0x1p-22 * size, "y", at);
+        double size = 0, other = 0, wanted = sums(w, row, n, size), tolerance = error * size;
+        if (gated) {
+          const double up = sums(*matrices[1], row, n, other);
+          tolerance = error * (1.2 * size * (std::fabs(up) + error * other) + size * other);
+          wanted = wanted / (1 + std::exp(-wanted)) * up;
+        }
+        check::near(double((*results[i])[size_t(at)]), wanted, tolerance, "y", at);
       }
     }
     results[i]->append_to(bytes);
@@ -250,7 +263,8 @@ int main(int argc, char** argv) {
     dequantized(mixed, permutation(35 * kUnitRows, 5), bytes);
     product({&mixed}, 3, 3, bytes);
     product({&mixed, &asymmetric, &middle}, 11, 2, bytes);
-    product({&asymmetric}, 18, 1, bytes);
+    const Matrix up = make(ScaleRecord::symmetric, 72, {{4, 35}}, 4);
+    product({&mixed, &up}, 18, 2, bytes, true);
     product({&mixed}, 66, 2, bytes);
     return bytes;
   });

@@ -1,5 +1,5 @@
-// One call of every ptx:: wrapper, and of the arithmetic on halves that kernels rest on, with fixed inputs. Prints lines
-// `name: words in hex`. Compiled by g++ (emulated) and by nvcc (on a card) it must print the same: test_ptx.py.
+// One call of every ptx:: wrapper, and of the arithmetic on halves that kernels rest on, with fixed inputs. Prints
+// lines `name: words in hex`. Compiled by g++ (emulated) and by nvcc (on a card) it must print the same: test_ptx.py.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -91,7 +91,8 @@ __global__ void call(int what, Inputs inputs, uint32_t* out) {
     case 13:
     case 14: {
       ptx::prefetch_l2(in);
-      const uint4 v = what == 13 ? ptx::load16_once(in + 4 * lane) : ptx::load16_hint(in + 4 * lane, ptx::policy_evict_first());
+      const uint32_t* from = in + 4 * lane;
+      const uint4 v = what == 13 ? ptx::load16_once(from) : ptx::load16_hint(from, ptx::policy_evict_first());
       r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
       break;
     }
@@ -148,6 +149,23 @@ __global__ void call(int what, Inputs inputs, uint32_t* out) {
       r[2] = bits_of(__expf(float(lane - 16) * 0.37f));
       r[3] = bits_of(rsqrtf(float(lane + 1) * 0.37f));
       break;
+    case 24:
+      r[0] = ptx::movmatrix_trans(x);
+      r[1] = ptx::movmatrix_trans(y);
+      break;
+    case 25: {
+      EXL_SHARED(int, counters, [3]);
+      if (lane < 3) counters[lane] = lane == 2 ? -1 : 0;
+      r[0] = uint32_t(__syncthreads_count(int(x & 1)));
+      r[1] = uint32_t(__syncthreads_or(x == 5) + 2 * __syncthreads_and(x != 5) + 4 * __syncthreads_or(lane == 9));
+      atomicAdd(&counters[0], int(x & 255));
+      atomicMax(&counters[1], int(y & 0xffff));
+      atomicCAS(&counters[2], lane == 4 ? -1 : -2, lane);
+      __syncthreads();
+      r[2] = uint32_t(counters[0]);
+      r[3] = uint32_t(counters[1]) + (uint32_t(counters[2]) << 16);
+      break;
+    }
     default: break;
   }
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
@@ -158,7 +176,8 @@ const char* const kNames[] = {
     "ldmatrix_x2_trans", "cp_async4",        "cp_async8",        "cp_async16",        "cp_async4_zfill",
     "cp_async8_zfill",  "cp_async16_zfill",  "cp_async16_hint",  "load16_once",       "load16_hint",
     "load8_load4_once", "lop3",              "prmt",             "half2_arithmetic",  "rounding",
-    "shuffle",          "vote_reduce",       "integers",         "approximate",
+    "shuffle",          "vote_reduce",       "integers",         "approximate",       "movmatrix_trans",
+    "barrier_atomics",
 };
 
 #if defined(__CUDACC__)
