@@ -174,6 +174,7 @@ class DecodeGraphs:
         flight.fetch.wait()  # so that it is known to be over
         return tuple(slot for _, slot, _ in flight.rows)
 
+    @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[int]:
         """The token drawn behind each row, -1 where there is none. Launches the step after this one, if it may.
 
