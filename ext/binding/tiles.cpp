@@ -13,10 +13,10 @@ const int32_t* int32_pointer(const char* name, const Tensor& t, std::initializer
   return static_cast<const int32_t*>(t.data_ptr());
 }
 
-// All entries in -1 .. limit - 1.
-void check_range(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+// All entries in least .. limit - 1.
+void check_range(const char* name, const int32_t* values, int64_t count, int64_t limit, int32_t least = -1) {
   for (int64_t i = 0; i < count; ++i) {
-    EXL_CHECK(values[i] >= -1 && values[i] < limit, "exl::pack_tiles: ", name, "[", i, "] is ", values[i], " of ",
+    EXL_CHECK(values[i] >= least && values[i] < limit, "exl::pack_tiles: ", name, "[", i, "] is ", values[i], " of ",
               limit);
   }
 }
@@ -38,7 +38,8 @@ std::vector<Span> read_spans(const Tensor& table, int64_t groups) {
 
 // Fills `out`, uint8 (bytes,), if it is given. Returns the bytes that it must have.
 int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optional<Tensor>& order,
-                      const std::optional<Tensor>& rows, const Tensor& scales, const std::optional<Tensor>& tables,
+                      const std::optional<Tensor>& rows, const std::optional<Tensor>& columns,
+                      const Tensor& scales, const std::optional<Tensor>& tables,
                       const std::optional<Tensor>& zeros, int64_t zero_base, int64_t inputs, int64_t outputs,
                       const std::optional<Tensor>& out) {
   const char* op = "pack_tiles";
@@ -72,6 +73,10 @@ int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optio
     check_range("rows", s.rows, s.positions, inputs);
   } else {
     EXL_CHECK(s.positions == inputs, "exl::pack_tiles: ", s.positions, " positions for ", inputs, " inputs in order");
+  }
+  if (columns.has_value()) {
+    s.columns = int32_pointer("columns", *columns, {outputs});
+    check_range("columns", s.columns, outputs, outputs, 0);
   }
   if (tables.has_value()) {
     s.kind = ScaleKind::exl2;
@@ -107,8 +112,8 @@ int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optio
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def(
-      "pack_tiles(Tensor words, Tensor spans, Tensor? order, Tensor? rows, Tensor scales, Tensor? tables, "
-      "Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out) -> int");
+      "pack_tiles(Tensor words, Tensor spans, Tensor? order, Tensor? rows, Tensor? columns, Tensor scales, "
+      "Tensor? tables, Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("pack_tiles", TORCH_BOX(&exl::op_pack_tiles)); }

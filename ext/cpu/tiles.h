@@ -98,6 +98,7 @@ struct TileSource {
   int64_t span_count, positions;
   const int32_t* order;  // the stored row at each position, -1: none; null: stored rows in their order
   const int32_t* rows;   // the input at each position, -1: none; null: inputs in order
+  const int32_t* columns;  // which column becomes output n, [outputs]; null: columns in order
   ScaleKind kind;
   const uint32_t* scale_words;  // EXL2: [groups][scale_stride], nibble n % 8 of word n / 8 belongs to column n
   int64_t scale_stride;

@@ -48,6 +48,7 @@ class Source:
     scales     EXL2: int32 (G, >= N / 8), nibbles as stored; GPTQ: float16 (G, N)
     tables     EXL2: float32 (G, 16), the scale that each nibble means; None for GPTQ
     zeros      uint8 (G, N), to which zero_base is added; None: 2^(bits - 1) everywhere
+    columns    int32 (N,): the column that becomes output n; None: columns in order
     """
 
     inputs: int
@@ -60,6 +61,7 @@ class Source:
     tables: Tensor | None = None
     zeros: Tensor | None = None
     zero_base: int = 0
+    columns: Tensor | None = None
 
 
 def span_table(runs: Iterable[Run]) -> Tensor:
@@ -78,6 +80,7 @@ def pack(source: Source) -> Tensor:
         span_table(source.runs),
         source.order,
         source.rows,
+        source.columns,
         source.scales.contiguous(),
         source.tables,
         source.zeros,
