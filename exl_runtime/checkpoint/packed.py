@@ -160,7 +160,7 @@ class PackedCache(PackedFolder):
     def open(self, checkpoint: Checkpoint, configuration: object = None) -> PackedModel:
         """The model of an open checkpoint, read now if it is there and whole; else an empty one to add to.
 
-        configuration  what else decides how tensors are read, in JSON's types
+        configuration  what else decides which tensors are read and how: the folder's declarations, in JSON's types
         """
         if checkpoint.total_bytes < self.least:
             return NOT_KEPT
