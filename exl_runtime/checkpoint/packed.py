@@ -8,7 +8,7 @@ the path of the folder; name, size, times of modification and change, and the he
 configuration; and the version of the layout. A file whose content is replaced gets another time of change from the
 system, which no program can set back.
 
-Files are written after a load by a thread of the lowest priority, if they are worth it and the disk has room, and
+Files are written after a load by a thread of low priority, if they are worth it and the disk has room, and
 appear by one rename. The models used last are kept. Nothing in here can make a load fail: what cannot be read or
 written is logged and done without.
 """
@@ -237,7 +237,7 @@ def _in_background(work: Callable[[], None]) -> None:
     def run() -> None:
         # Of one thread only, on Linux; elsewhere the whole process has one priority, which stays as it is.
         with suppress(AttributeError, OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             work()
         finally:
