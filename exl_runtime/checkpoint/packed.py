@@ -39,6 +39,7 @@ SUFFIX = ".packed"
 LEAST = 64 << 20  # bytes; smaller models are packed before one notices
 MODELS = 3  # kept
 FREE_SHARE, FREE_MOST = 10, 50 << 30  # a tenth of the disk stays free, or 50 GiB where that is less
+DELAY = 2.0  # seconds before writing begins: the first reply has the machine to itself
 LONGEST_EXIT = 10.0  # seconds that the end of the program waits for a file to be finished
 STALE = 24 * 3600.0  # seconds after which a half-written file is nobody's
 
@@ -231,6 +232,7 @@ def _alive(partial: Path) -> bool:
 
 
 _writers: set[threading.Thread] = set()
+_ending = threading.Event()
 
 
 def _in_background(work: Callable[[], None]) -> None:
@@ -238,6 +240,7 @@ def _in_background(work: Callable[[], None]) -> None:
         # Of one thread only, on Linux; elsewhere the whole process has one priority, which stays as it is.
         with suppress(AttributeError, OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        _ending.wait(DELAY)
         try:
             work()
         finally:
@@ -251,7 +254,8 @@ def _in_background(work: Callable[[], None]) -> None:
 
 @atexit.register
 def finish(seconds: float = LONGEST_EXIT) -> bool:
-    """Wait for the files being written; False when the time was not enough."""
+    """Wait for the files being written, which are begun at once; False when the time was not enough."""
+    _ending.set()
     end = time.monotonic() + seconds
     for thread in tuple(_writers):
         thread.join(max(0.0, end - time.monotonic()))

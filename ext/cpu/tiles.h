@@ -28,7 +28,9 @@
 //
 // W = (code - zero) * scale, unrounded: the formats round this product to half, which the kernels do not.
 //
-// reference: QuantFormat.dequantize      test: tests/ops/test_linear_packed.py
+// Outputs may be packed in another order than they are stored in: the source says which.
+//
+// reference: QuantFormat.dequantize      test: tests/ops/test_linear_packed.py, tests/ops/test_packing.py
 #pragma once
 
 #include <cstdint>
