@@ -1,7 +1,8 @@
-// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py
+// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py; what keeps packed matrices in files.
 #include "../cpu/tiles.h"
 
 #include "../common/bitstream.h"
+#include "../cpu/checksum.h"
 #include "checks.h"
 
 namespace exl {
@@ -13,10 +14,10 @@ const int32_t* int32_pointer(const char* name, const Tensor& t, std::initializer
   return static_cast<const int32_t*>(t.data_ptr());
 }
 
-// All entries in -1 .. limit - 1.
-void check_range(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+// All entries in least .. limit - 1.
+void check_range(const char* name, const int32_t* values, int64_t count, int64_t limit, int32_t least = -1) {
   for (int64_t i = 0; i < count; ++i) {
-    EXL_CHECK(values[i] >= -1 && values[i] < limit, "exl::pack_tiles: ", name, "[", i, "] is ", values[i], " of ",
+    EXL_CHECK(values[i] >= least && values[i] < limit, "exl::pack_tiles: ", name, "[", i, "] is ", values[i], " of ",
               limit);
   }
 }
@@ -40,7 +41,7 @@ std::vector<Span> read_spans(const Tensor& table, int64_t groups) {
 int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optional<Tensor>& order,
                       const std::optional<Tensor>& rows, const Tensor& scales, const std::optional<Tensor>& tables,
                       const std::optional<Tensor>& zeros, int64_t zero_base, int64_t inputs, int64_t outputs,
-                      const std::optional<Tensor>& out) {
+                      const std::optional<Tensor>& out, const std::optional<Tensor>& columns) {
   const char* op = "pack_tiles";
   TileSource s{};
   s.words = int32_pointer("words", words, {-1, -1});
@@ -73,6 +74,10 @@ int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optio
   } else {
     EXL_CHECK(s.positions == inputs, "exl::pack_tiles: ", s.positions, " positions for ", inputs, " inputs in order");
   }
+  if (columns.has_value()) {
+    s.columns = int32_pointer("columns", *columns, {outputs});
+    check_range("columns", s.columns, outputs, outputs, 0);
+  }
   if (tables.has_value()) {
     s.kind = ScaleKind::exl2;
     s.scale_words = reinterpret_cast<const uint32_t*>(int32_pointer("scales", scales, {-1, -1}));
@@ -102,13 +107,32 @@ int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optio
   return bytes;
 }
 
+// The version of the layout of what pack_tiles makes.
+int64_t op_packed_layout() { return int64_t(kPackedMagic); }
+
+// bytes uint8 (N,) -> ../cpu/checksum.h, the same bits as a signed number.
+int64_t op_checksum(const Tensor& bytes) {
+  check_cpu("checksum", "bytes", bytes, ScalarType::Byte);
+  check_shape("checksum", "bytes", bytes, {-1});
+  return int64_t(checksum_cpu(static_cast<const uint8_t*>(bytes.data_ptr()), bytes.numel()));
+}
+
 }  // namespace
 }  // namespace exl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def(
       "pack_tiles(Tensor words, Tensor spans, Tensor? order, Tensor? rows, Tensor scales, Tensor? tables, "
-      "Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out) -> int");
+      "Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out, Tensor? columns=None) -> int");
+  m.def("packed_layout() -> int");
+  m.def("checksum(Tensor bytes) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("pack_tiles", TORCH_BOX(&exl::op_pack_tiles)); }
+STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
+  m.impl("pack_tiles", TORCH_BOX(&exl::op_pack_tiles));
+  m.impl("checksum", TORCH_BOX(&exl::op_checksum));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(exl, CompositeExplicitAutograd, m) {
+  m.impl("packed_layout", TORCH_BOX(&exl::op_packed_layout));
+}

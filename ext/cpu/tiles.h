@@ -28,7 +28,9 @@
 //
 // W = (code - zero) * scale, unrounded: the formats round this product to half, which the kernels do not.
 //
-// reference: QuantFormat.dequantize      test: tests/ops/test_linear_packed.py
+// Outputs may be packed in another order than they are stored in: the source says which.
+//
+// reference: QuantFormat.dequantize      test: tests/ops/test_linear_packed.py, tests/ops/test_packing.py
 #pragma once
 
 #include <cstdint>
@@ -98,6 +100,7 @@ struct TileSource {
   int64_t span_count, positions;
   const int32_t* order;  // the stored row at each position, -1: none; null: stored rows in their order
   const int32_t* rows;   // the input at each position, -1: none; null: inputs in order
+  const int32_t* columns;  // which column becomes output n, [outputs]; null: columns in order
   ScaleKind kind;
   const uint32_t* scale_words;  // EXL2: [groups][scale_stride], nibble n % 8 of word n / 8 belongs to column n
   int64_t scale_stride;

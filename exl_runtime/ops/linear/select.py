@@ -11,6 +11,7 @@ from .exl2_cpu import Exl2Cpu
 from .exl2_cuda import Exl2Cuda
 from .gptq_cpu import GptqCpu
 from .gptq_cuda import GptqCuda
+from .packing import Packing
 from .reference import Reference
 
 # Best first; the first that does not refuse is taken. Native kernels stand before Reference.
@@ -25,9 +26,12 @@ KERNELS: tuple[type[LinearKernel], ...] = (
 )
 
 
-def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> LinearKernel:
+def select(
+    w: QuantFormat, device: torch.device, backend: str | None = None, packing: Packing | None = None
+) -> LinearKernel:
     """Build the best kernel for `w` on `device`; `backend` limits the choice to one backend.
 
+    packing  for kernels that repack; an order of outputs needs one of those.
     Raises BackendUnavailable listing every kernel considered and its reason.
     """
     refusals = []
@@ -35,6 +39,9 @@ def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> 
         if backend not in (None, kernel.backend):
             continue
         if (why := kernel.refuses(w, device)) is None:
+            if kernel.repacks and packing is not None:
+                return kernel(w, device, packing=packing)
+            assert packing is None or packing.outputs is None, f"{kernel.__name__} keeps columns in order"
             return kernel(w, device)
         refusals.append(f"{kernel.__name__}: {why}")
     if not refusals:

@@ -4,7 +4,7 @@ Positions are the order in which a kernel meets the inputs: rows sorted by group
 32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -48,6 +48,8 @@ class Source:
     scales     EXL2: int32 (G, >= N / 8), nibbles as stored; GPTQ: float16 (G, N)
     tables     EXL2: float32 (G, 16), the scale that each nibble means; None for GPTQ
     zeros      uint8 (G, N), to which zero_base is added; None: 2^(bits - 1) everywhere
+    columns    int32 (N,): the column that becomes output n; None: columns in order
+    take       bytes -> the buffer that the packed matrix lies in
     """
 
     inputs: int
@@ -60,6 +62,8 @@ class Source:
     tables: Tensor | None = None
     zeros: Tensor | None = None
     zero_base: int = 0
+    columns: Tensor | None = None
+    take: Callable[[int], Tensor] = empty_bytes
 
 
 def span_table(runs: Iterable[Run]) -> Tensor:
@@ -85,8 +89,8 @@ def pack(source: Source) -> Tensor:
         source.inputs,
         source.outputs,
     )
-    packed = empty_bytes(native.ops().pack_tiles(*arguments, None))
-    native.ops().pack_tiles(*arguments, packed)
+    packed = source.take(native.ops().pack_tiles(*arguments, None, source.columns))
+    native.ops().pack_tiles(*arguments, packed, source.columns)
     return packed
 
 
