@@ -42,22 +42,8 @@ QuantizedRows layout(const Packed& w, bool residual) {
 // Rows [0, rows) of tiles [begin, end) of one product.
 void multiply_tiles(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, int64_t rows, float* y) {
   const Packed& w = task.product.w;
-  const int64_t outputs = w.header->outputs;
-  const int most = task.input.residual ? kernels.residual_rows : kernels.plain_rows;
-  alignas(64) float sums[16 * kTileColumns];
   for (int64_t panel = 0; panel < w.header->panels; ++panel) {
-    for (int64_t row = 0; row < rows; row += most) {
-      const int here = int(rows - row < most ? rows - row : most);
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first = t * kTileColumns, left = outputs - first;
-        const size_t live = size_t(left < kTileColumns ? left : kTileColumns) * sizeof(float);
-        float* to = y + row * outputs + first;
-        std::memset(sums, 0, sizeof(float) * kTileColumns * size_t(here > 8 ? 16 : 2 * here));
-        for (int r = 0; r < here && panel > 0; ++r) std::memcpy(sums + r * kTileColumns, to + r * outputs, live);
-        kernels.multiply(w, panel, t, task.input, row, here, sums);
-        for (int r = 0; r < here; ++r) std::memcpy(to + r * outputs, sums + r * kTileColumns, live);
-      }
-    }
+    kernels.multiply(w, panel, begin, end, task.input, rows, y);
   }
 }
 

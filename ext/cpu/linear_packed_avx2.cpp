@@ -9,7 +9,9 @@ template <int parts>
 struct Avx2 : Wide256<parts> {
   using Base = Wide256<parts>;
   using V = typename Base::V;
-  using One = Avx2<2>;
+  template <int R>
+  using For = Avx2<R == 1 ? 2 : 1>;
+  static constexpr int plain_rows = 4, residual_rows = 2;
 
   static EXL_INLINE V products(V codes, V inputs) {
     return Base::template each<V>([&](int i) { return _mm256_maddubs_epi16(codes.part[i], inputs.part[i]); });
