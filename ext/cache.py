@@ -5,6 +5,7 @@
 <cache>/<key>/               one finished build: the library and manifest.json; appears by one rename
 <cache>/partial-<key>-<pid>/ a build under way, or what a killed one left
 <cache>/logs/<key>.log       what the last build of that key said
+<cache>/packed/              not of the builds: models packed for the kernels; neither counted nor removed here
 """
 
 import contextlib
@@ -23,6 +24,7 @@ LOCK = "build.lock"
 MANIFEST = "manifest.json"
 PARTIAL = "partial-"
 DOOMED = "doomed-"
+PACKED = "packed"
 KEEP_BUILDS = 6  # finished builds of other sources, compilers or torches; the oldest go
 _NAME = "exl_runtime"
 
@@ -156,9 +158,11 @@ def sweep(cache: Path, keep: str) -> None:
 
 
 def size_of(cache: Path) -> int:
-    """Bytes in all files of the cache."""
+    """Bytes in all files of the builds."""
     total = 0
-    for folder, _, files in os.walk(cache):
+    for folder, folders, files in os.walk(cache):
+        if Path(folder) == cache and PACKED in folders:
+            folders.remove(PACKED)
         for name in files:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size
@@ -166,10 +170,10 @@ def size_of(cache: Path) -> int:
 
 
 def remove_all(cache: Path) -> int:
-    """Remove everything but the lock file; returns the bytes freed. Needs the lock. Loaded libraries stay usable."""
+    """Remove all builds; returns the bytes freed. Needs the lock, which stays. Loaded libraries stay usable."""
     before = size_of(cache)
     for entry in cache.iterdir():
-        if entry.name == LOCK:
+        if entry.name in (LOCK, PACKED):
             continue
         if entry.is_dir() and not entry.is_symlink():
             discard(entry)

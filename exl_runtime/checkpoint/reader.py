@@ -7,6 +7,7 @@ crash, and never a second copy in memory. Reads carry their own position, so thr
 import difflib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -92,11 +93,20 @@ class Checkpoint:
             raise self._missing(f"matrix {short(path)}", path, self._groups)
         return TensorGroup(path, {suffix: self.info(f"{path}.{suffix}") for suffix in self._groups[path]}, self.tensor)
 
-    def tensor(self, name: str, *, row: int | None = None) -> Tensor:
-        """A new contiguous CPU tensor of the stored dtype and shape, owned by the caller.
+    def tensor(
+        self,
+        name: str,
+        *,
+        row: int | None = None,
+        part: tuple[int, int] | None = None,
+        room: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """A contiguous CPU tensor of the stored dtype and shape.
 
-        row  read only the slice [row] of the first dimension (one expert of a stacked tensor)
-        Raises CheckpointError (no such tensor or row, file changed or unreadable), OutOfMemory.
+        row   read only the slice [row] of the first dimension (one expert of a stacked tensor)
+        part  read only [start:stop) of the first dimension, of what `row` leaves
+        room  bytes -> the uint8 buffer the tensor shall lie in; None: the tensor is new and the caller's own
+        Raises CheckpointError (no such tensor, row or part, file changed or unreadable), OutOfMemory.
         """
         info = self.info(name)
         shape, start, nbytes = info.shape, info.start, info.nbytes
@@ -105,8 +115,13 @@ class Checkpoint:
                 raise CheckpointError(f"{self.where(name)}: shape {shape} has no row {row}")
             nbytes //= shape[0]
             shape, start = shape[1:], start + row * nbytes
+        if part is not None:
+            if not shape or not 0 <= part[0] <= part[1] <= shape[0]:
+                raise CheckpointError(f"{self.where(name)}: shape {shape} has no part {part[0]} to {part[1]}")
+            one = nbytes // max(1, shape[0])
+            shape, start, nbytes = (part[1] - part[0], *shape[1:]), start + part[0] * one, (part[1] - part[0]) * one
         try:
-            raw = empty_bytes(nbytes)
+            raw = empty_bytes(nbytes) if room is None else room(nbytes)
         except (RuntimeError, MemoryError) as err:
             raise OutOfMemory(f"{self.where(name)}: no memory for its {nbytes} bytes") from err
         if nbytes:

@@ -10,14 +10,14 @@ from typing import Any
 from ..console.terminal import clean_line
 from .options import add_output
 
-HELP = "what is there, what is missing, what to do; builds or clears the native kernels"
+HELP = "what is there, what is missing, what to do; builds the native kernels, clears them and packed models"
 MARKS = {True: ("ok", "green"), False: ("MISSING", "red"), None: ("-", "dim")}
 USAGE = "[--clean] [--build] [--json]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--clean", action="store_true", help="remove every built library first")
+    parser.add_argument("--clean", action="store_true", help="remove every built library and packed model first")
     parser.add_argument("--build", action="store_true", help="build the native kernels now and load them")
     parser.add_argument("--json", action="store_true", help="the checks as a JSON list")
     add_output(parser)
@@ -27,16 +27,21 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 if nothing is wrong, 1 if a check failed. Raises BuildError when --build does not get through."""
     from ..chat.status import size
     from ..ops import native
+    from ..runtime.packed import packed_folder
 
     if args.clean:
-        freed = native.clean_cache()
-        sys.stderr.write(f"exl: removed the built kernels ({size(freed)}); they are built again when needed\n")
+        freed, packed = native.clean_cache(), packed_folder().clear()
+        what = f"the built kernels ({size(freed)}) and packed models ({size(packed)})"
+        sys.stderr.write(f"exl: removed {what}; they are made again when needed\n")
     if args.build:
         native.ensure_loaded()
         sys.stderr.write("exl: the native kernels are built and loaded\n")
     if args.clean and not args.build and not args.json:
         return 0
-    checks = native.doctor_checks()
+    folder = packed_folder()
+    count = len(folder.models())
+    detail = f"{folder.folder}: {count} model{'s' * (count != 1)}, {size(folder.nbytes())}"
+    checks = [*native.doctor_checks(), native.check("packed models", True, detail)]
     if args.json:
         sys.stdout.write(json.dumps([asdict(check) for check in checks]) + "\n")
     else:

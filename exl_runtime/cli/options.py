@@ -56,6 +56,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="fast: prompts with 8-bit inputs on the CPU, a little off (default: exact)",
     )
+    group.add_argument(
+        "--no-packed-cache",
+        dest="packed_cache",
+        action="store_false",
+        help="neither start from what an earlier start packed for the CPU kernels, nor keep it on disk",
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
         "--draft", metavar="FOLDER", help="a smaller model with the same tokens guesses ahead: faster, the same text"
@@ -225,6 +231,7 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             cache=args.cache,
             accuracy=args.accuracy,
             threads=args.threads,
+            packed_cache=args.packed_cache,
             template=args.template,
             draft=args.draft,
             speculate=args.speculate,

@@ -1,17 +1,22 @@
 """From a checkpoint to a `Transformer`: every tensor that `weights` finds goes to the best kernel."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.packed import NOT_KEPT, PackedModel
 from ..checkpoint.reader import Checkpoint
 from ..config.names import Source
 from ..config.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec
 from ..formats.base import LinearShape, QuantFormat
 from ..formats.dense import Dense
 from ..ops.linear.base import LinearKernel
+from ..ops.linear.packed_cpu import PackedCpu
+from ..ops.linear.packing import Packing, Workshop
 from ..ops.linear.select import select
+from ..ops.linear.stored_cpu import StoredCpu, repacked
 from ..ops.table import OpSet, opset
 from .attention import Attention, HeadNorms
 from .block import Block, BlockNorms
@@ -34,6 +39,7 @@ def load_transformer(
     backend: str,
     dtype: torch.dtype | None = None,
     hurry: bool = False,
+    packed: PackedModel = NOT_KEPT,
     progress: Progress | None = None,
 ) -> Transformer:
     """Build the model that `spec` describes from the tensors of `checkpoint`.
@@ -42,14 +48,17 @@ def load_transformer(
     dtype           what goes into the matrices; None: float32 on the CPU, float16 elsewhere
     hurry           take what accuracy the kernels can trade for speed, see `LinearKernel.hurry`
     quantization    the raw `quantization_config` of the folder, or None
+    packed          repacked matrices from an earlier load are taken from here, and new ones handed in, on the CPU
     Raises CheckpointError for missing tensors, FormatError for tensors that do not fit, NonFiniteError for NaN or
     infinity in weights, BackendUnavailable when no kernel takes a matrix.
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-    loader = _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry)
     if backend != "cpu":
-        return loader.build(progress)
+        return _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry).build(progress)
+    workshop = Workshop(checkpoint.total_bytes)
+    weights = Weights(checkpoint, spec, quantization, keep=workshop.keep, lend=workshop.lend)
+    loader = _Loader(weights, device, backend, dtype, hurry, Packing(take=workshop.keep), packed)
     # The long work is done by native threads; what is left for torch are thousands of short passes over one matrix,
     # where waking its own threads costs more than they do, most of all on a machine that is busy otherwise.
     threads = torch.get_num_threads()
@@ -68,6 +77,8 @@ class _Loader:
         backend: str,
         dtype: torch.dtype,
         hurry: bool,
+        packing: Packing | None = None,
+        packed: PackedModel = NOT_KEPT,
     ) -> None:
         self.weights = weights
         self.spec = weights.spec
@@ -75,11 +86,14 @@ class _Loader:
         self.backend = backend
         self.dtype = dtype
         self.hurry = hurry
+        self.packing = packing  # None: nothing is repacked
+        self.packed = packed
         self.ops: OpSet = opset(backend)
 
     def build(self, progress: Progress | None) -> Transformer:
         spec = self.spec
         embedding = self.embedding()
+        head = self.head(embedding)  # the largest matrix: what packing it takes is free again for the others
         blocks = []
         for layer in spec.layers:
             blocks.append(self.block(layer))
@@ -90,7 +104,7 @@ class _Loader:
             embedding=embedding,
             blocks=blocks,
             final_norm=self.norm(spec.names.final_norm, spec.hidden_size),
-            head=self.head(embedding),
+            head=head,
             ops=self.ops,
             device=self.device,
             dtype=self.dtype,
@@ -105,18 +119,44 @@ class _Loader:
     def norm(self, candidates: tuple[str, ...], size: int) -> Tensor:
         return self.weights.norm(candidates, size).to(self.device)
 
-    def linear(self, sources: tuple[Source, ...], inputs: int, outputs: int, *, biased: bool | None = None) -> Linear:
-        matrix, bias = self.weights.linear(sources, inputs, outputs, biased=biased)
+    def linear(
+        self,
+        sources: tuple[Source, ...],
+        inputs: int,
+        outputs: int,
+        *,
+        biased: bool | None = None,
+        packing: Packing | None = None,
+    ) -> Linear:
+        """A matrix and its bias; `packing` instead of the usual one."""
+        source = self.weights.pick(sources)
+        kernel = self.kernel(source, LinearShape(inputs, outputs), packing or self.packing)
+        bias = self.weights.bias(source, outputs, biased=biased)
         if bias is not None:
             bias = bias.to(device=self.device, dtype=self.dtype, copy=True)  # a part of a fused bias is a view
-        return Linear(self.kernel(matrix), bias)
+            if kernel.output_order is not None:
+                bias = bias[kernel.output_order.long()]
+        return Linear(kernel, bias)
 
-    def kernel(self, matrix: QuantFormat) -> LinearKernel:
-        """The best kernel for a matrix."""
-        kernel = select(matrix, self.device, self.backend)
+    def kernel(self, source: Source, shape: LinearShape, packing: Packing | None) -> LinearKernel:
+        """The kernel for a stored matrix: as an earlier load packed it, or the best one for it."""
+        name = f"{source.path}[{source.start}:{source.stop}]"
+        kernel: LinearKernel
+        if packing is not None and (found := self.packed.get(name)) is not None:
+            kernel = StoredCpu(found, shape, packing, input_order=self.packed.get(f"{name} inputs"))
+        else:
+            kernel = self.select(self.weights.matrix(source, shape.in_features, shape.out_features), packing)
+            if isinstance(kernel, PackedCpu):
+                self.packed.add(name, kernel.packed)
+                if kernel.input_order is not None:
+                    self.packed.add(f"{name} inputs", kernel.input_order.view(torch.uint8))
         if self.hurry:
             kernel.hurry()
         return kernel
+
+    def select(self, matrix: QuantFormat, packing: Packing | None = None) -> LinearKernel:
+        """The best kernel for a matrix."""
+        return select(matrix, self.device, self.backend, packing)
 
     def head(self, embedding: Embedding) -> Linear:
         """The output head; the embedding table when the checkpoint has no head of its own and may share it."""
@@ -127,7 +167,10 @@ class _Loader:
         where = "the embedding table, used as output head"
         table = embedding.table[: spec.vocab_size].to("cpu")
         dense = Dense.load({"weight": table}, LinearShape(spec.hidden_size, spec.vocab_size), where=where)
-        return Linear(self.kernel(dense))
+        kernel = self.select(dense)
+        if self.hurry:
+            kernel.hurry()
+        return Linear(kernel)
 
     # --- blocks -----------------------------------------------------------------------------------------------
 
@@ -191,11 +234,23 @@ class _Loader:
         return Moe(router=router, experts=list(experts()), spec=moe)
 
     def gated(self, part: Callable[[str], tuple[Source, ...]], inner: int, activation: str, *, biased: bool) -> Mlp:
+        """An MLP. Where `down` stores its rows in another order than the model's, and all three are repacked anyway,
+        gate and up get their columns in that order: then nothing has to be sorted between them, at no cost in bits.
+        """
         hidden = self.spec.hidden_size
+        sources = [part(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        how = self.packing
+        if how is not None and all(repacked(self.weights.format_name(each)) for each in sources):
+            how = replace(how, sort_inputs=True)
+        down = self.linear(sources[2], inner, hidden, biased=biased, packing=how)
+        order = down.kernel.input_order
+        if self.packing is not None:
+            how = replace(self.packing, outputs=order)
         return Mlp(
-            gate=self.linear(part("gate_proj"), hidden, inner, biased=biased),
-            up=self.linear(part("up_proj"), hidden, inner, biased=biased),
-            down=self.linear(part("down_proj"), inner, hidden, biased=biased),
+            gate=self.linear(sources[0], hidden, inner, biased=biased, packing=how),
+            up=self.linear(sources[1], hidden, inner, biased=biased, packing=how),
+            down=down,
             activation=activation,
             ops=self.ops,
+            inner_order=order,
         )

@@ -7,9 +7,24 @@ from .linear import Linear, project
 
 
 class Mlp:
-    """down(act(gate(x)) * up(x)); x (T, hidden) -> (T, hidden)."""
+    """down(act(gate(x)) * up(x)); x (T, hidden) -> (T, hidden).
 
-    def __init__(self, *, gate: Linear, up: Linear, down: Linear, activation: str, ops: OpSet) -> None:
+    inner_order  int32 (inner,): what lies at place i between the matrices is feature inner_order[i] of the checkpoint,
+                 in the outputs (and biases) of gate and up as in the inputs of down; None: the checkpoint's order.
+                 Whatever is added to a gate or up output, or taken from a down input, has to be ordered alike.
+    """
+
+    def __init__(
+        self,
+        *,
+        gate: Linear,
+        up: Linear,
+        down: Linear,
+        activation: str,
+        ops: OpSet,
+        inner_order: Tensor | None = None,
+    ) -> None:
+        self.inner_order = inner_order
         self.gate = gate
         self.up = up
         self.down = down

@@ -4,7 +4,7 @@ Asks the names table which spelling the checkpoint uses; never looks at a family
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,15 +40,26 @@ class Weights:
     """The checked tensors of one open checkpoint.
 
     quantization  the raw `quantization_config` of the folder, or None
+    keep          bytes -> the buffer for what is used as stored (dense matrices); None: every tensor has its own
+    lend          bytes -> the buffer for the codes of a quantized matrix, valid until the next matrix is asked for: for
+                  callers who repack one after another; None: every tensor has its own
     Every method raises CheckpointError for missing tensors, FormatError for tensors that do not fit the spec,
     NonFiniteError for NaN or infinity; all name the tensor and its file.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, quantization: Mapping[str, object] | None = None
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        quantization: Mapping[str, object] | None = None,
+        *,
+        keep: Callable[[int], Tensor] | None = None,
+        lend: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.spec = spec
+        self._keep = keep
+        self._lend = lend
         self.hints = declared_hints(checkpoint, quantization)
 
     # --- single tensors ---------------------------------------------------------------------------------------
@@ -56,7 +67,7 @@ class Weights:
     def embedding(self) -> Tensor:
         """The table (rows, hidden) in its stored dtype (float64 becomes float32); rows may exceed vocab_size."""
         name = self._embedding_name()
-        table = self.checkpoint.tensor(name)
+        table = self.checkpoint.tensor(name, room=self._keep)
         if table.dtype == torch.float64:
             table = table.float()
         require_finite(table, "value", self.checkpoint.where(name))
@@ -106,9 +117,12 @@ class Weights:
         The bias is None where there is none, or where it is all zero.
         """
         source = self.pick(sources)
-        shape = LinearShape(inputs, outputs)
+        return self.matrix(source, inputs, outputs), self.bias(source, outputs, biased=biased)
+
+    def bias(self, source: Source, outputs: int, *, biased: bool | None = None) -> Tensor | None:
+        """The second half of `linear`."""
         if source.expert is not None:
-            return self._stacked(source, shape), None
+            return None
         bias = self._bias(source, outputs)
         if biased is False and bias is not None:
             raise FormatError(
@@ -117,7 +131,12 @@ class Weights:
             )
         if biased and bias is None and not self.checkpoint.has(f"{source.path}.bias"):
             raise CheckpointError(f"tensor {source.path}.bias is missing, config.json says the layer has a bias")
-        return self._matrix(source, shape), bias
+        return bias
+
+    def matrix(self, source: Source, inputs: int, outputs: int) -> QuantFormat:
+        """The first half of `linear`."""
+        shape = LinearShape(inputs, outputs)
+        return self._matrix(source, shape) if source.expert is None else self._stacked(source, shape)
 
     def pick(self, sources: tuple[Source, ...]) -> Source:
         """The first source that the checkpoint has."""
@@ -178,12 +197,28 @@ class Weights:
 
     def _matrix(self, source: Source, shape: LinearShape) -> QuantFormat:
         group = self.checkpoint.group(source.path)
-        tensors = {suffix: tensor for suffix, tensor in group.items() if suffix != "bias"}
         hints = self.hints.for_module(source.path)
+        name = f"{source.path}.{Dense.marker}"
+        whole = (source.total, shape.in_features)
+        dense = group.infos.keys() - {"bias"} == {Dense.marker}
+        # A part of a matrix of any other shape is cut out below, where the whole is looked at and refused.
+        if dense and source.start is not None and source.stop is not None and self.checkpoint.info(name).shape == whole:
+            part = self.checkpoint.tensor(name, part=(source.start, source.stop), room=self._keep)
+            return load_linear({Dense.marker: part}, shape, where=group.where, hints=hints)
+        tensors = {suffix: self._stored(source, suffix) for suffix in group if suffix != "bias"}
         if source.start is None or source.stop is None:
             return load_linear(tensors, shape, where=group.where, hints=hints)
-        whole = LinearShape(shape.in_features, source.total)
-        return load_linear(tensors, whole, where=group.where, hints=hints).columns(source.start, source.stop)
+        fused = LinearShape(shape.in_features, source.total)
+        return load_linear(tensors, fused, where=group.where, hints=hints).columns(source.start, source.stop)
+
+    def _stored(self, source: Source, suffix: str) -> Tensor:
+        """One tensor of a matrix, in memory by what becomes of it."""
+        room = None
+        if suffix == Dense.marker:
+            room = self._keep if source.start is None else None
+        elif suffix in MARKERS:
+            room = self._lend
+        return self.checkpoint.tensor(f"{source.path}.{suffix}", room=room)
 
     def _stacked(self, source: Source, shape: LinearShape) -> Dense:
         """One expert out of a dense 3-D tensor (experts, out, in); only its slice is read."""
@@ -192,7 +227,6 @@ class Weights:
         total = source.total or shape.out_features
         if len(found) != 3 or tuple(found[1:]) != (total, shape.in_features) or found[0] <= source.expert:
             raise FormatError(f"{where}: shape {tuple(found)}, wanted (experts, {total}, {shape.in_features})")
-        weight = self.checkpoint.tensor(source.path, row=source.expert)
-        if source.start is not None:
-            weight = weight[source.start : source.stop]
-        return Dense.load({"weight": weight.contiguous()}, shape, where=where)
+        part = (source.start or 0, total if source.stop is None else source.stop)
+        weight = self.checkpoint.tensor(source.path, row=source.expert, part=part, room=self._keep)
+        return Dense.load({"weight": weight}, shape, where=where)

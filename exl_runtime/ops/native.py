@@ -6,6 +6,7 @@ The library is built and loaded when something first asks for it, once per proce
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from exl_runtime.errors import BackendUnavailable, UsageError
 
 BACKENDS = ("cpu", "cuda", "reference")
+PACKED = "packed"  # of the cache folder, for packed models: ext/cache.py leaves it alone
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _failure: BackendUnavailable | None = None
@@ -127,11 +129,25 @@ def set_threads(count: int | None) -> None:
         ops().set_threads(count)
 
 
+def cache_folder() -> Path:
+    """The folder of what this program makes for itself and can make again: built libraries, packed models."""
+    from ext import build
+
+    return build.Settings.from_environment().open_cache()
+
+
 def doctor_checks() -> list[Any]:
     """What `exl doctor` shows: a list of `ext.doctor.Check`. Looks, builds nothing."""
     from ext import doctor
 
     return doctor.checks()
+
+
+def check(name: str, ok: bool | None, detail: str, advice: str | None = None) -> Any:
+    """One more line for `exl doctor`: a `ext.doctor.Check`."""
+    from ext import doctor
+
+    return doctor.Check(name, ok, detail, advice)
 
 
 def clean_cache() -> int:

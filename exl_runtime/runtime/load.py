@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..cache.storage import KVStorage
+from ..checkpoint.packed import NOT_KEPT
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
 from ..config.resolve import resolve
@@ -28,6 +29,7 @@ from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .draft import open_draft
+from .packed import packed_cache as open_packed_cache
 from .runtime import Runtime, RuntimeInfo
 
 DEMO = "demo"
@@ -49,6 +51,7 @@ def load(
     template: str | Path | None = None,
     draft: str | Path | None = None,
     speculate: Speculate = "auto",
+    packed_cache: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Open a model.
@@ -67,6 +70,8 @@ def load(
     draft     a smaller model with the same tokens, or this one with fewer bits: it guesses ahead, which saves time
               where it is often right and changes no token
     speculate  where guesses come from when a request does not say: "auto" | "ngram" | "draft" | "off"
+    packed_cache  on the CPU, keep what quantized models of 64 MB and more are repacked into under the user's cache
+              folder (about the model's size; the three used last; README, "The packed cache"), and start from that
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
@@ -93,6 +98,9 @@ def load(
     kernels = native.resolve_backend(None if backend == "auto" else backend, where)
     native.set_threads(threads)
     with Checkpoint.open(folder) as checkpoint:
+        packed = NOT_KEPT
+        if packed_cache and kernels == "cpu":
+            packed = open_packed_cache().open(checkpoint, files.quantization)
         transformer = load_transformer(
             checkpoint,
             spec,
@@ -101,8 +109,10 @@ def load(
             backend=kernels,
             dtype=resolve_dtype(dtype),
             hurry=accuracy == "fast",
+            packed=packed,
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
+        packed.keep()
         stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
     kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)

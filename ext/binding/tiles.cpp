@@ -1,7 +1,8 @@
-// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py
+// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py; what keeps packed matrices in files.
 #include "../cpu/tiles.h"
 
 #include "../common/bitstream.h"
+#include "../cpu/checksum.h"
 #include "checks.h"
 
 namespace exl {
@@ -38,10 +39,9 @@ std::vector<Span> read_spans(const Tensor& table, int64_t groups) {
 
 // Fills `out`, uint8 (bytes,), if it is given. Returns the bytes that it must have.
 int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optional<Tensor>& order,
-                      const std::optional<Tensor>& rows, const std::optional<Tensor>& columns,
-                      const Tensor& scales, const std::optional<Tensor>& tables,
+                      const std::optional<Tensor>& rows, const Tensor& scales, const std::optional<Tensor>& tables,
                       const std::optional<Tensor>& zeros, int64_t zero_base, int64_t inputs, int64_t outputs,
-                      const std::optional<Tensor>& out) {
+                      const std::optional<Tensor>& out, const std::optional<Tensor>& columns) {
   const char* op = "pack_tiles";
   TileSource s{};
   s.words = int32_pointer("words", words, {-1, -1});
@@ -107,13 +107,32 @@ int64_t op_pack_tiles(const Tensor& words, const Tensor& spans, const std::optio
   return bytes;
 }
 
+// The version of the layout of what pack_tiles makes.
+int64_t op_packed_layout() { return int64_t(kPackedMagic); }
+
+// bytes uint8 (N,) -> ../cpu/checksum.h, the same bits as a signed number.
+int64_t op_checksum(const Tensor& bytes) {
+  check_cpu("checksum", "bytes", bytes, ScalarType::Byte);
+  check_shape("checksum", "bytes", bytes, {-1});
+  return int64_t(checksum_cpu(static_cast<const uint8_t*>(bytes.data_ptr()), bytes.numel()));
+}
+
 }  // namespace
 }  // namespace exl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def(
-      "pack_tiles(Tensor words, Tensor spans, Tensor? order, Tensor? rows, Tensor? columns, Tensor scales, "
-      "Tensor? tables, Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out) -> int");
+      "pack_tiles(Tensor words, Tensor spans, Tensor? order, Tensor? rows, Tensor scales, Tensor? tables, "
+      "Tensor? zeros, int zero_base, int inputs, int outputs, Tensor(a!)? out, Tensor? columns=None) -> int");
+  m.def("packed_layout() -> int");
+  m.def("checksum(Tensor bytes) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) { m.impl("pack_tiles", TORCH_BOX(&exl::op_pack_tiles)); }
+STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
+  m.impl("pack_tiles", TORCH_BOX(&exl::op_pack_tiles));
+  m.impl("checksum", TORCH_BOX(&exl::op_checksum));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(exl, CompositeExplicitAutograd, m) {
+  m.impl("packed_layout", TORCH_BOX(&exl::op_packed_layout));
+}

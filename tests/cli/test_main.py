@@ -223,7 +223,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exl_runtime.runtime, "load", load)
     line = "run m -p q --device cpu --backend reference --context 2k --cache bf16 --threads 3 --template t.jinja"
-    line += " --draft d --speculate draft --accuracy fast"
+    line += " --draft d --speculate draft --accuracy fast --no-packed-cache"
     assert exl(*line.split(" ")) == 0
     del seen["progress"]
     assert seen == {
@@ -237,6 +237,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
         "template": "t.jinja",
         "draft": "d",
         "speculate": "draft",
+        "packed_cache": False,
     }
 
 
@@ -328,25 +329,32 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert exl("info", str(tmp_path / "absent")) == 2
 
 
-def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from exl_runtime.ops import native
     from ext.doctor import Check
 
     checks = [Check("python", True, "3.11", "never shown"), Check("gpu", None, "none", "optional")]
     done = []
+    monkeypatch.setenv("EXL_CACHE_DIR", str(tmp_path))
+    packed = tmp_path / "packed" / "a-00-11.packed"
+    packed.parent.mkdir()
+    packed.write_bytes(bytes(3000))
     monkeypatch.setattr(native, "doctor_checks", lambda: checks, raising=False)
     monkeypatch.setattr(native, "clean_cache", lambda: done.append("clean") or 2048, raising=False)
     monkeypatch.setattr(native, "ensure_loaded", lambda: done.append("build"))
     assert exl("doctor") == 0
     out = capsys.readouterr().out
     assert "python" in out and "never shown" not in out and "→ optional" in out
+    assert "packed models" in out and "1 model, 2.9 KiB" in " ".join(out.split())
     checks.append(Check("compiler", False, "no g++", "install one"))
     assert exl("doctor") == 1
     assert "MISSING" in capsys.readouterr().out
     assert exl("doctor", "--json") == 1
     assert json.loads(capsys.readouterr().out)[2]["ok"] is False
+    assert packed.exists()
     assert exl("doctor", "--clean") == 0 and done == ["clean"]
-    assert "2.0 KiB" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "2.0 KiB" in err and "2.9 KiB" in err and not packed.exists()
     assert exl("doctor", "--clean", "--build") == 1 and done == ["clean", "clean", "build"]
 
 

@@ -16,7 +16,12 @@ class LinearKernel(ABC):
     """
 
     backend: ClassVar[str]  # "cpu", "cuda" or "reference"
+    repacks: ClassVar[bool] = False  # the constructor takes a `packing`
     shape: LinearShape
+    # Of a kernel that was packed so (see `Packing`): its input k is the matrix's input input_order[k], its output n the
+    # matrix's output output_order[n]. int32 (K,), (N,); None: in order.
+    input_order: Tensor | None = None
+    output_order: Tensor | None = None
 
     @classmethod
     @abstractmethod

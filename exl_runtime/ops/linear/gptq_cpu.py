@@ -7,11 +7,14 @@ from torch import Tensor
 from ...formats.base import QuantFormat
 from ...formats.gptq import Gptq
 from .packed_cpu import PackedCpu
+from .packing import Packing
 from .tiles import UNIT, Residual, Run, Source, native_refusal
 
 
 class GptqCpu(PackedCpu):
     """See the base class."""
+
+    repacks = True
 
     @classmethod
     def refuses(cls, w: QuantFormat, device: torch.device) -> str | None:
@@ -20,11 +23,18 @@ class GptqCpu(PackedCpu):
             return f"takes gptq weights, not {w.name}"
         return native_refusal(device)
 
-    def __init__(self, w: QuantFormat, device: torch.device, residual: int = Residual.ALWAYS) -> None:
+    def __init__(
+        self, w: QuantFormat, device: torch.device, residual: int = Residual.ALWAYS, packing: Packing | None = None
+    ) -> None:
         assert isinstance(w, Gptq)
+        packing = packing or Packing()
         self.shape = w.shape
+        self.output_order = packing.outputs
         order, sizes, groups = sort_rows(w.row_group.cpu())
         in_order = torch.equal(order, torch.arange(w.shape.in_features, dtype=torch.int32))
+        rows = None if in_order else order
+        if packing.sort_inputs and order.numel() == w.shape.in_features:  # or some positions hold no input
+            self.input_order, rows = rows, None
         zeros = w.zeros.cpu()[groups]
         low, high = (int(bound) for bound in torch.aminmax(zeros))
         symmetric = low == high == 1 << (w.bits - 1)
@@ -36,10 +46,12 @@ class GptqCpu(PackedCpu):
             runs=[Run(w.bits, size) for size in sizes],
             words=w.qweight.cpu(),
             order=None if in_order else order,
-            rows=None if in_order else order,
+            rows=rows,
             scales=w.scales.cpu()[groups],
             zeros=None if symmetric else (zeros - low).to(torch.uint8),
             zero_base=low,
+            columns=packing.outputs,
+            take=packing.take,
         )
         super().__init__(source, residual)
 

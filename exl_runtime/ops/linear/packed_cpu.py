@@ -20,9 +20,9 @@ class PackedCpu(LinearKernel):
 
     backend: ClassVar[str] = "cpu"
 
-    def __init__(self, source: Source, residual: int = Residual.ALWAYS) -> None:
+    def __init__(self, source: Source | Tensor, residual: int = Residual.ALWAYS) -> None:
         self.residual = int(residual)
-        self.packed = pack(source)
+        self.packed = source if isinstance(source, Tensor) else pack(source)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the base class."""

@@ -8,15 +8,19 @@ from .base import LinearKernel
 from .dense_cpu import DenseCpu
 from .exl2_cpu import Exl2Cpu
 from .gptq_cpu import GptqCpu
+from .packing import Packing
 from .reference import Reference
 
 # Best first; the first that does not refuse is taken. Native kernels stand before Reference.
 KERNELS: tuple[type[LinearKernel], ...] = (Exl2Cpu, GptqCpu, DenseCpu, Reference)
 
 
-def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> LinearKernel:
+def select(
+    w: QuantFormat, device: torch.device, backend: str | None = None, packing: Packing | None = None
+) -> LinearKernel:
     """Build the best kernel for `w` on `device`; `backend` limits the choice to one backend.
 
+    packing  for kernels that repack; an order of outputs needs one of those.
     Raises BackendUnavailable listing every kernel considered and its reason.
     """
     refusals = []
@@ -24,6 +28,9 @@ def select(w: QuantFormat, device: torch.device, backend: str | None = None) -> 
         if backend not in (None, kernel.backend):
             continue
         if (why := kernel.refuses(w, device)) is None:
+            if kernel.repacks and packing is not None:
+                return kernel(w, device, packing=packing)
+            assert packing is None or packing.outputs is None, f"{kernel.__name__} keeps columns in order"
             return kernel(w, device)
         refusals.append(f"{kernel.__name__}: {why}")
     if not refusals:

@@ -4,7 +4,7 @@ Positions are the order in which a kernel meets the inputs: rows sorted by group
 32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -49,6 +49,7 @@ class Source:
     tables     EXL2: float32 (G, 16), the scale that each nibble means; None for GPTQ
     zeros      uint8 (G, N), to which zero_base is added; None: 2^(bits - 1) everywhere
     columns    int32 (N,): the column that becomes output n; None: columns in order
+    take       bytes -> the buffer that the packed matrix lies in
     """
 
     inputs: int
@@ -62,6 +63,7 @@ class Source:
     zeros: Tensor | None = None
     zero_base: int = 0
     columns: Tensor | None = None
+    take: Callable[[int], Tensor] = empty_bytes
 
 
 def span_table(runs: Iterable[Run]) -> Tensor:
@@ -80,7 +82,6 @@ def pack(source: Source) -> Tensor:
         span_table(source.runs),
         source.order,
         source.rows,
-        source.columns,
         source.scales.contiguous(),
         source.tables,
         source.zeros,
@@ -88,8 +89,8 @@ def pack(source: Source) -> Tensor:
         source.inputs,
         source.outputs,
     )
-    packed = empty_bytes(native.ops().pack_tiles(*arguments, None))
-    native.ops().pack_tiles(*arguments, packed)
+    packed = source.take(native.ops().pack_tiles(*arguments, None, source.columns))
+    native.ops().pack_tiles(*arguments, packed, source.columns)
     return packed
 
 
