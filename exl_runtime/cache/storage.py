@@ -11,7 +11,7 @@ ALIGNMENT = 64  # bytes; one cache line, and the widest vector register
 
 
 class KVStorage:
-    """Keys and values of every layer, each (layers, pages, page_size, kv_heads, row) in one allocation.
+    """`keys` and `values` of every layer, each (layers, pages, page_size, kv_heads, row) in one allocation.
 
     row is head_dim elements, or the bytes of a quantized head (`ops.kv_quant`), for keys and values separately.
     Everything reads as zero until it is written. On the CPU untouched pages cost no physical memory, so a long
@@ -33,10 +33,10 @@ class KVStorage:
         if self.nbytes > free:
             raise self._too_large(free)
         try:
-            self._keys, self._values = (_zeros(shape, geometry.type.dtype, self.device) for shape in shapes)
+            self.keys, self.values = (_zeros(shape, geometry.type.dtype, self.device) for shape in shapes)
         except (MemoryError, RuntimeError) as err:  # torch's own out-of-memory errors are RuntimeErrors
             raise self._too_large(free) from err
-        self._layers = tuple((self._keys[i], self._values[i]) for i in range(geometry.layers))
+        self._layers = tuple((self.keys[i], self.values[i]) for i in range(geometry.layers))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key pages and value pages of one layer, each (pages, page_size, kv_heads, row)."""
@@ -44,7 +44,7 @@ class KVStorage:
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         """Copy the keys and values of the first `tokens` tokens of one page to another, in every layer."""
-        for pages in (self._keys, self._values):
+        for pages in (self.keys, self.values):
             pages[:, target, :tokens] = pages[:, source, :tokens]
 
     def _too_large(self, free: int) -> OutOfMemory:

@@ -5,7 +5,6 @@ only the sequences at fault are lost: running a chunk twice writes the same keys
 """
 
 import logging
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
 from ..model.batch import ForwardBatch
+from ..ops.step import all_finite
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
@@ -57,7 +57,6 @@ class Runner:
         self._pages_of: tuple[tuple[int, int], ...] = ()
         self._pages = torch.zeros(0)
 
-    @torch.inference_mode()
     def run(self, chunks: Many[Chunk]) -> list[Outcome]:
         """Compute the chunks in one pass."""
         try:
@@ -68,6 +67,8 @@ class Runner:
             log.warning("a pass over %d sequences failed (%s); running them one at a time", len(chunks), err)
             return [outcome for chunk in chunks for outcome in self.run([chunk])]
         logits = logits.cpu()  # once for all rows; drawing happens there
+        if len(chunks) == 1 and all_finite(logits):
+            return [logits if chunks[0].rows else None]
         finite = _finite_rows(logits)
         outcomes: list[Outcome] = []
         row = 0
@@ -81,7 +82,6 @@ class Runner:
                 outcomes.append(logits[rows.start : rows.stop] if len(rows) else None)
         return outcomes
 
-    @torch.inference_mode()
     def each_logits(
         self, tokens: Many[int], pages: Many[int], rope_length: int, visit: Visit, *, first: int, chunk: int
     ) -> None:
@@ -98,7 +98,6 @@ class Runner:
             if len(wanted):
                 visit(start + wanted.start, rows.cpu())
 
-    @torch.inference_mode()
     def last_logits(self, ids: Many[int], pages: Many[int], start: int, rope_length: int) -> Tensor:
         """float32 (vocab,) on the CPU: after `ids` at the cache indices from `start`, `PASS` tokens at a time."""
         for at in range(0, len(ids), PASS):
@@ -142,18 +141,21 @@ class Runner:
                 at = until
             starts.append(len(tokens))
         # Two transfers instead of seven: everything of one width travels in one tensor.
-        total, sequences = len(tokens), len(parts)
+        total, wanted, sequences = len(tokens), len(rows), len(parts)
         wide = torch.tensor([*tokens, *positions, *slots, *rows], dtype=torch.int64).to(self.model.device)
         narrow = torch.tensor([*starts, *(part.stop for part in parts)], dtype=torch.int32).to(self.model.device)
+        ids, places, kept, logit_rows = wide.split([total, total, total, wanted])
+        q_starts, kv_lengths = narrow.split([sequences + 1, sequences])
         return ForwardBatch(
-            tokens=wide[:total],
-            positions=wide[total : 2 * total],
-            slots=wide[2 * total : 3 * total],
-            q_starts=narrow[: sequences + 1],
-            kv_lengths=narrow[sequences + 1 :],
+            tokens=ids,
+            positions=places,
+            slots=kept,
+            q_starts=q_starts,
+            kv_lengths=kv_lengths,
             pages=self._page_table(parts, identity),
             rope_lengths=rope_lengths,
-            logit_rows=wide[3 * total :],
+            logit_rows=logit_rows,
+            last_position=max((part.stop for part in parts), default=1) - 1,
         )
 
     def _page_table(self, parts: Many[Part], identity: tuple[tuple[int, int], ...] | None) -> Tensor:
@@ -167,9 +169,7 @@ class Runner:
 
 
 def _finite_rows(logits: Tensor) -> list[bool]:
-    # A sum is finite only if every term is; it reads the logits once and writes nothing.
-    sums = logits.sum(dim=-1).tolist()
-    return [math.isfinite(value) or bool(torch.isfinite(row).all()) for value, row in zip(sums, logits, strict=True)]
+    return [True] * len(logits) if all_finite(logits) else torch.isfinite(logits).all(dim=-1).tolist()
 
 
 def _non_finite(chunk: Chunk, logits: Tensor, position: int) -> NonFiniteError:

@@ -21,3 +21,4 @@ class ForwardBatch:
     pages: Tensor  # int32 (S, P) page table; entries past the last used page are 0
     rope_lengths: tuple[int, ...]  # per sequence, ModelSpec.rope_length of its plan
     logit_rows: Tensor  # int64 (L,) rows of the T whose logits are wanted
+    last_position: int | None = None  # the greatest of `positions`, where it is known

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from ..cache.storage import KVStorage
-from ..config.spec import ModelSpec, RopeSpec
+from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
-from ..ops.rope import cos_sin, frequencies
+from ..ops.step import all_finite
 from ..ops.table import OpSet
+from .angles import Angles
 from .batch import ForwardBatch
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
-
-KEPT_FREQUENCIES = 64
+from .step import NativeStep, native_step
 
 
 class Transformer:
@@ -44,8 +44,9 @@ class Transformer:
         self.device = device
         self.dtype = dtype
         self.backend = backend
-        self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers))  # distinct ropes, in order
-        self._frequencies: dict[tuple[RopeSpec, int], Tensor] = {}
+        self._angles = Angles(tuple(dict.fromkeys(layer.rope for layer in spec.layers)), device)
+        self._step: NativeStep | None = None
+        self._step_is_known = False
 
     @property
     def nbytes(self) -> int:
@@ -53,26 +54,47 @@ class Transformer:
         linears = [self.head, *(linear for block in self.blocks for linear in block.linears)]
         return self.embedding.nbytes + sum(linear.nbytes for linear in linears)
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVStorage) -> Tensor:
         """Run the new tokens of `batch`, write their keys and values into `kv`, return float32 logits (L, vocab).
 
         Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
         is not finite.
         """
-        logits = self._run(batch, kv, check=False)
-        # One reduction instead of a mask: a sum is finite only if every term is (no overflow at logit sizes).
-        if not torch.isfinite(logits.sum(dtype=torch.float64)):
+        step = self.step
+        logits = self._run(batch, kv, check=False) if step is None else self._run_native(step, batch, kv)
+        if not all_finite(logits):
             self._run(batch, kv, check=True)
             raise NonFiniteError("the logits contain NaN or infinity", hint="the output head or its scales are damaged")
         return logits
 
+    @property
+    def step(self) -> NativeStep | None:
+        """The native pass of this model, built when first asked for; None where a part is not for it."""
+        if not self._step_is_known:
+            parts = (self.spec, self.embedding, self.blocks, self.final_norm, self.head)
+            self._step = native_step(*parts, ropes=self._angles.ropes, dtype=self.dtype, backend=self.backend)
+            self._step_is_known = True
+        return self._step
+
+    def forget_step(self) -> None:
+        """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
+        self._step, self._step_is_known = None, False
+
+    def _run_native(self, step: NativeStep, batch: ForwardBatch, kv: KVStorage) -> Tensor:
+        return self._capped(step.run(batch, kv, *self._angles.rows(batch)))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        if (cap := self.spec.logit_softcap) is not None:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+    @torch.inference_mode()
     def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
         spec = self.spec
         x = self.embedding(batch.tokens)
         if check:
             require_finite(x, "the token embedding")
-        ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
+        ropes = {rope: self._angles.of(number, batch) for number, rope in enumerate(self._angles.ropes)}
         for block in self.blocks:
             x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:
@@ -83,44 +105,7 @@ class Transformer:
         logits = self.head(x.to(self.dtype)).float()
         if spec.logit_scale != 1.0:
             logits.mul_(spec.logit_scale)
-        if spec.logit_softcap is not None:
-            logits.div_(spec.logit_softcap).tanh_().mul_(spec.logit_softcap)
-        return logits
-
-    def _cos_sin(self, rope: RopeSpec, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        lengths = [rope.effective_length(planned) for planned in batch.rope_lengths]
-        if len(set(lengths)) <= 1:
-            inv_freq = self._inv_freq(rope, lengths[0] if lengths else 0)
-            return cos_sin(inv_freq, batch.positions, rope.attention_factor)
-        # Sequences of different plans share the pass: each rotates by its own frequencies.
-        starts = batch.q_starts.tolist()
-        parts = [
-            cos_sin(self._inv_freq(rope, length), batch.positions[start:stop], rope.attention_factor)
-            for length, start, stop in zip(lengths, starts[:-1], starts[1:], strict=True)
-        ]
-        return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
-
-    def _inv_freq(self, rope: RopeSpec, length: int) -> Tensor:
-        key = (rope, length)
-        if key not in self._frequencies:
-            if len(self._frequencies) >= KEPT_FREQUENCIES:  # dynamic ropes have a set for every length
-                self._frequencies.clear()
-            self._frequencies[key] = frequencies(
-                kind=rope.kind,
-                theta=rope.theta,
-                rotary_dim=rope.rotary_dim,
-                factor=rope.factor,
-                original_context=rope.original_context,
-                length=length,
-                beta_fast=rope.beta_fast,
-                beta_slow=rope.beta_slow,
-                truncate=rope.truncate,
-                low_freq_factor=rope.low_freq_factor,
-                high_freq_factor=rope.high_freq_factor,
-                short_factor=rope.short_factor,
-                long_factor=rope.long_factor,
-            ).to(self.device)
-        return self._frequencies[key]
+        return self._capped(logits)
 
 
 def require_finite(x: Tensor, where: str) -> None:

@@ -24,7 +24,7 @@ def argmax(logits: Tensor) -> int:
     Raises NonFiniteError when they hold a NaN or +infinity, or nothing but -infinity ("not allowed").
     """
     if _native(logits):
-        token = int(native.ops().argmax(logits[None])[0])
+        token = native.ops().best(logits)
     else:
         token = argmax_reference(logits)
     return _checked(token, logits)

@@ -58,7 +58,6 @@ class Sampler:
         plain = not masked and not is_dynamic(params) and params.min_keep == 1
         self._fused = plain and active_steps(params) in ((), ("temperature",), ("min_p",), ("temperature", "min_p"))
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> Draw:
         """The next token.
 
@@ -67,7 +66,7 @@ class Sampler:
         generated  the reply so far; its length is the index of the token to draw
         Raises NonFiniteError (NaN, +inf, or all -inf) and UsageError (bans leave no token).
         """
-        if logits.shape != (self.vocab_size,):
+        if logits.dim() != 1 or logits.shape[0] != self.vocab_size:
             raise ValueError(f"logits have shape {tuple(logits.shape)}, the sampler was made for ({self.vocab_size},)")
         index = len(generated)
         raw = None

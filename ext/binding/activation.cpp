@@ -1,17 +1,10 @@
 // torch.ops.exl.gated: see ../cpu/gated.h
 #include "../cpu/gated.h"
 #include "checks.h"
+#include "shared.h"
 
 namespace exl {
 namespace {
-
-Activation activation_of(std::string_view name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "relu") return Activation::relu;
-  fail("exl::gated: unknown activation '", name, "'; silu, gelu, gelu_tanh or relu");
-}
 
 // Rows of any number of dimensions, at one distance from each other: contiguous, or a slice of columns of such.
 int64_t row_stride(const char* name, const Tensor& t) {
@@ -37,7 +30,7 @@ Tensor op_gated(const Tensor& gate, const Tensor& up, const std::string& activat
   bool same = gate.dim() == up.dim() && gate.dim() >= 1;
   for (int64_t d = 0; same && d < gate.dim(); ++d) same = gate.size(d) == up.size(d);
   EXL_CHECK(same, "exl::gated: gate and up must have the same shape, got ", describe(gate), " and ", describe(up));
-  const Activation act = activation_of(activation);
+  const Activation act = activation_of("gated", activation);
   Tensor out = empty_like_cpu(gate);
   const int64_t cols = gate.size(gate.dim() - 1), count = gate.numel();
   if (count == 0) return out;

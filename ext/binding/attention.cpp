@@ -7,29 +7,12 @@
 #include <limits>
 
 #include "checks.h"
+#include "shared.h"
 
 namespace exl {
 namespace {
 
 constexpr const char* kOp = "paged_attention";
-
-// Every page that will be read exists, and every sequence has a key for each of its queries.
-void check_tables(const AttentionArgs& a, int64_t tokens, int64_t pages) {
-  EXL_CHECK(a.q_starts[0] == 0 && a.q_starts[a.sequences] == tokens, "exl::", kOp, ": q_starts must run from 0 to ",
-            tokens, " rows of q, got ", a.q_starts[0], " to ", a.q_starts[a.sequences]);
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    const int64_t rows = int64_t(a.q_starts[s + 1]) - a.q_starts[s], length = a.kv_lengths[s];
-    EXL_CHECK(rows >= 0, "exl::", kOp, ": q_starts decreases at sequence ", s);
-    if (rows == 0) continue;
-    EXL_CHECK(length >= rows && length <= a.table_width * a.page_size, "exl::", kOp, ": sequence ", s, " has ", rows,
-              " queries, ", length, " keys and room for ", a.table_width * a.page_size, " in its pages");
-    const int64_t index = length - rows, oldest = index < a.window ? 0 : index - a.window + 1;
-    for (int64_t p = oldest / a.page_size; p <= (length - 1) / a.page_size; ++p) {
-      const int32_t page = a.page_table[s * a.table_width + p];
-      EXL_CHECK(page >= 0 && page < pages, "exl::", kOp, ": sequence ", s, " wants page ", page, " of ", pages);
-    }
-  }
-}
 
 Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& q_starts,
                           const Tensor& kv_lengths, const Tensor& pages, double scale, std::optional<int64_t> window,
@@ -79,7 +62,7 @@ Tensor op_paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& 
   a.q_starts = static_cast<const int32_t*>(q_starts.data_ptr());
   a.kv_lengths = static_cast<const int32_t*>(kv_lengths.data_ptr());
   a.page_table = static_cast<const int32_t*>(pages.data_ptr());
-  check_tables(a, q.size(0), k_pages.size(0));
+  check_tables(kOp, a, q.size(0), k_pages.size(0));
   a.q = static_cast<const float*>(q.data_ptr());
   a.k_pages = k_pages.data_ptr();
   a.v_pages = v_pages.data_ptr();

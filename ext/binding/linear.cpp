@@ -2,6 +2,7 @@
 #include "../cpu/linear_dense.h"
 #include "../cpu/linear_packed.h"
 #include "checks.h"
+#include "shared.h"
 
 namespace exl {
 namespace {
@@ -10,16 +11,6 @@ const float* check_input(const char* op, const Tensor& x, int64_t inputs) {
   check_cpu(op, "x", x, ScalarType::Float);
   check_shape(op, "x", x, {-1, inputs});
   return static_cast<const float*>(x.data_ptr());
-}
-
-// What pack_tiles made. It checked the tables; here only what tells such memory from any other.
-Packed check_packed(const char* op, const Tensor& weight) {
-  check_cpu(op, "weight", weight, ScalarType::Byte);
-  const PackedHeader* header = static_cast<const PackedHeader*>(weight.data_ptr());
-  EXL_CHECK(weight.numel() >= int64_t(sizeof(PackedHeader)) && header->magic == kPackedMagic &&
-                header->bytes == weight.numel(),
-            "exl::", op, ": weight must be what pack_tiles made, got ", describe(weight));
-  return {header};
 }
 
 std::vector<Tensor> multiply(const char* op, const Tensor& x, const std::vector<Tensor>& weights,

@@ -1,4 +1,4 @@
-// torch.ops.exl.argmax and sample_min_p: see ../cpu/sample.h
+// torch.ops.exl.argmax of rows, best of one, and sample_min_p: see ../cpu/sample.h
 #include "../cpu/sample.h"
 
 #include "../cpu/threads.h"
@@ -20,6 +20,12 @@ Tensor op_argmax(const Tensor& logits) {
   return out;
 }
 
+int64_t op_best(const Tensor& logits) {
+  check_cpu("best", "logits", logits, ScalarType::Float);
+  check_shape("best", "logits", logits, {-1});
+  return argmax(logits.const_data_ptr<float>(), logits.size(0));
+}
+
 int64_t op_sample_min_p(const Tensor& logits, double temperature, double min_p, double u) {
   check_cpu("sample_min_p", "logits", logits, ScalarType::Float);
   check_shape("sample_min_p", "logits", logits, {-1});
@@ -34,10 +40,12 @@ int64_t op_sample_min_p(const Tensor& logits, double temperature, double min_p, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def("argmax(Tensor logits) -> Tensor");
+  m.def("best(Tensor logits) -> int");
   m.def("sample_min_p(Tensor logits, float temperature, float min_p, float u) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
   m.impl("argmax", TORCH_BOX(&exl::op_argmax));
+  m.impl("best", TORCH_BOX(&exl::op_best));
   m.impl("sample_min_p", TORCH_BOX(&exl::op_sample_min_p));
 }

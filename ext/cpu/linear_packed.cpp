@@ -54,7 +54,6 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
   const PackedIsa& kernels = chosen();
   const bool residual = rows <= residual_rows;
   const int64_t most_rows = rows < kRowsAtOnce ? rows : kRowsAtOnce;
-  const int64_t padded = (most_rows + 15) / 16 * 16;  // kernels read whole register tiles of rows
 
   Task tasks[kMostTogether];
   int64_t tiles = 0, room = 0, bytes = 0;
@@ -63,7 +62,7 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     tasks[i] = {products[i], layout(w, residual), tiles};
     tiles += w.tiles();
     bytes += w.header->bytes - w.header->tiles_at;
-    room += padded * tasks[i].input.stride;
+    room += most_rows * tasks[i].input.stride;
   }
   if (rows <= 0 || tiles == 0) return;
   uint8_t* place = reinterpret_cast<uint8_t*>(memory.floats(room / int64_t(sizeof(float))));
@@ -75,7 +74,7 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     }
     if (tasks[i].input.data != nullptr) continue;
     tasks[i].input.data = place;
-    place += padded * tasks[i].input.stride;
+    place += most_rows * tasks[i].input.stride;
     fresh[inputs++] = &tasks[i];
   }
 
@@ -94,12 +93,6 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
       }
     };
     parallel_for(here, quantize, 4);
-    if (here % 16 != 0) {
-      for (int i = 0; i < inputs; ++i) {
-        const QuantizedRows& to = fresh[i]->input;
-        std::memset(to.data + here * to.stride, 0, size_t((16 - here % 16) * to.stride));
-      }
-    }
     const auto multiply = [&](int64_t first, int64_t last) {
       for (int i = 0; i < count; ++i) {
         const Task& task = tasks[i];
@@ -114,7 +107,8 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     if (here > 16) {
       parallel_chunks(tiles, chunk, multiply);
     } else {
-      parallel_for(tiles, multiply, kGrainBytes / tile_bytes + 1);
+      const int64_t fair = tiles / (8 * int64_t(threads())) + 1, least = kGrainBytes / tile_bytes + 1;
+      parallel_steal(tiles, fair > least ? fair : least, multiply);
     }
   }
 }

@@ -151,9 +151,10 @@ void multiply_tile(const Packed& w, int64_t panel, int64_t tile, const Quantized
   const int64_t left = h.outputs - tile * kTileColumns;
   const size_t live = size_t(left < kTileColumns ? left : kTileColumns) * sizeof(float);
   y += tile * kTileColumns;
-  alignas(64) float sums[R * kTileColumns];
-  std::memset(sums, 0, sizeof(sums));
-  for (int r = 0; r < R && panel > 0; ++r) std::memcpy(sums + r * kTileColumns, y + r * h.outputs, live);
+  alignas(64) float edge[R * kTileColumns];
+  float* const sums = R == 1 && live == sizeof(edge) ? y : edge;
+  if (sums != y || panel == 0) std::memset(sums, 0, sizeof(edge));
+  for (int r = 0; r < R && sums != y && panel > 0; ++r) std::memcpy(sums + r * kTileColumns, y + r * h.outputs, live);
   for (int64_t begin = p.span, end = begin, stop = begin + p.spans; begin < stop; begin = end) {
     const int32_t bits = spans[begin].bits;
     while (end < stop && spans[end].bits == bits) ++end;
@@ -166,7 +167,7 @@ void multiply_tile(const Packed& w, int64_t panel, int64_t tile, const Quantized
       case 8: add_spans<I, 8, R, residual>(scales, spans, begin, end, input, x.stride, at, sums); break;
     }
   }
-  for (int r = 0; r < R; ++r) std::memcpy(y + r * h.outputs, sums + r * kTileColumns, live);
+  for (int r = 0; r < R && sums != y; ++r) std::memcpy(y + r * h.outputs, sums + r * kTileColumns, live);
 }
 
 using MultiplyTile = void (*)(const Packed&, int64_t, int64_t, const QuantizedRows&, int64_t, float*);

@@ -24,7 +24,8 @@ namespace {
 using detail::RangeFn;
 
 constexpr int kMaxThreads = 256;
-constexpr auto kSpin = std::chrono::microseconds(60);  // longer than the gap between two ops of a decode step
+constexpr auto kSpin = std::chrono::microseconds(60);  // longer than the gap between two regions of an operator
+constexpr int kHeldSpins = 16;  // of kSpin: how long a caller that holds its team awake waits for it without sleeping
 
 thread_local bool inside_region = false;
 
@@ -89,7 +90,7 @@ class Team {
       pthread_sigmask(SIG_SETMASK, &all, &before);
       bool started = true;
       try {
-        std::thread([this] { work(); }).detach();
+        std::thread([this, index = workers_ + 1] { work(index); }).detach();
       } catch (const std::system_error&) {
         started = false;
       }
@@ -99,6 +100,15 @@ class Team {
     }
     return parts < workers_ + 1 ? parts : workers_ + 1;
   }
+
+  void hold() {
+    held_.fetch_add(1);
+    if (asleep_.load() > 0) {
+      std::lock_guard<std::mutex> guard(mutex_);
+      wake_.notify_all();
+    }
+  }
+  void let_go() { held_.fetch_sub(1); }
 
   void run(RangeFn body, void* context, int64_t tasks, int64_t chunk, int parts) {
     job_.body = body;
@@ -120,7 +130,13 @@ class Team {
       pending_.fetch_sub(1);
     }
     const auto done = [this] { return pending_.load(std::memory_order_acquire) == 0; };
-    if (!spin_until(done)) {
+    bool ended = spin_until(done);
+    // A worker that lost its CPU in the middle of a part may be away for long; until then this is its caller's affair.
+    for (int i = 0; i < kHeldSpins && !ended && held_.load(std::memory_order_relaxed) > 0; ++i) {
+      sched_yield();
+      ended = spin_until(done);
+    }
+    if (!ended) {
       std::unique_lock<std::mutex> hold(mutex_);
       caller_asleep_.store(true);
       finished_.wait(hold, [this] { return pending_.load() == 0; });
@@ -140,17 +156,23 @@ class Team {
     return 0;
   }
 
-  void work() {
+  void work(int index) {
     inside_region = true;  // a body that opens a region runs it inline
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "exl-worker");
 #endif
     const auto work_waits = [this] { return open(claim_.load()); };
+    // Those that a smaller team does without sleep on.
+    const auto held = [this, index] { return held_.load() > 0 && index < threads(); };
     for (;;) {
       if (!spin_until(work_waits)) {
+        if (held()) {
+          sched_yield();  // to whoever else wants this CPU
+          continue;
+        }
         std::unique_lock<std::mutex> hold(mutex_);
         asleep_.fetch_add(1);
-        wake_.wait(hold, work_waits);
+        wake_.wait(hold, [&] { return work_waits() || held(); });
         asleep_.fetch_sub(1);
       }
       for (int part; (part = take()) != 0;) {
@@ -169,6 +191,7 @@ class Team {
   alignas(64) std::atomic<uint64_t> claim_{0};
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> asleep_{0};
+  std::atomic<int> held_{0};
   std::atomic<bool> caller_asleep_{false};
   std::mutex mutex_;
   std::condition_variable wake_, finished_;
@@ -268,6 +291,17 @@ void set_threads(int count) {
   wanted.store(count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count, std::memory_order_relaxed);
 }
 
+Awake::Awake() : team_(nullptr) {
+  if (threads() <= 1 || inside_region) return;
+  Team& workers = team();
+  workers.hold();
+  team_ = &workers;
+}
+
+Awake::~Awake() {
+  if (team_ != nullptr) static_cast<Team*>(team_)->let_go();
+}
+
 double region_cost_ns(int64_t repeats) {
   std::atomic<int64_t> sink{0};  // keeps the region from being optimised away
   const auto start = std::chrono::steady_clock::now();
@@ -282,6 +316,43 @@ namespace detail {
 
 void run_static(int64_t tasks, int64_t grain, RangeFn body, void* context) {
   run(tasks, 0, grain > 1 ? (tasks + grain - 1) / grain : tasks, body, context);
+}
+
+void run_steal(int64_t tasks, int64_t chunk, RangeFn body, void* context) {
+  if (chunk < 1) chunk = 1;
+  const int64_t pieces = (tasks + chunk - 1) / chunk;
+  const int parts = int(pieces < threads() ? pieces : threads());
+  if (parts <= 1 || inside_region || pieces > int64_t(UINT32_MAX)) return run(tasks, 0, 1, body, context);
+  // What is left of every thread's range, in pieces: the first above the end, in one word.
+  struct alignas(64) Rest {
+    std::atomic<uint64_t> range;
+  };
+  Rest rest[kMaxThreads];
+  for (int64_t p = 0; p < parts; ++p) {
+    const uint64_t begin = uint64_t(pieces * p / parts), end = uint64_t(pieces * (p + 1) / parts);
+    rest[p].range.store(begin << 32 | end, std::memory_order_relaxed);
+  }
+  const auto each = [&](int64_t own, int64_t) {
+    const auto take = [&](int64_t from, bool front) {
+      uint64_t range = rest[from].range.load(std::memory_order_relaxed);
+      for (;;) {
+        const uint64_t begin = range >> 32, end = range & UINT32_MAX;
+        if (begin >= end) return false;
+        const uint64_t left = front ? (begin + 1) << 32 | end : begin << 32 | (end - 1);
+        if (!rest[from].range.compare_exchange_weak(range, left, std::memory_order_relaxed)) continue;
+        const int64_t first = int64_t(front ? begin : end - 1) * chunk;
+        body(context, first, first + chunk < tasks ? first + chunk : tasks);
+        return true;
+      }
+    };
+    while (take(own, true)) {
+    }
+    for (int64_t other = own + 1; other < own + parts; ++other) {
+      while (take(other % parts, false)) {
+      }
+    }
+  };
+  run(parts, 0, parts, &call_range<decltype(each)>, const_cast<void*>(static_cast<const void*>(&each)));
 }
 
 void run_chunks(int64_t tasks, int64_t chunk, RangeFn body, void* context) {

@@ -4,6 +4,9 @@
 //   parallel_for(tasks, body)            calls body(begin, end) on disjoint ranges that cover [0, tasks): as many
 //                                        as there are threads, cut by (tasks, threads) alone
 //   parallel_for(tasks, body, grain)     never gives a thread fewer than `grain` tasks; small work stays on the caller
+//   parallel_steal(tasks, chunk, body)   as parallel_for, but a thread takes its range `chunk` tasks at a time from the
+//                                        front, and one that is through goes on at the backs of the others': memory is
+//                                        read in long runs, and a thread that lost its CPU holds up one chunk
 //   parallel_chunks(tasks, chunk, body)  ranges of `chunk` tasks are handed out as threads become free: for unequal
 //                                        work or unequal cores
 //
@@ -15,7 +18,8 @@
 //     Python threads). A child process starts a team of its own after fork().
 //   - The caller takes part, and takes over the ranges that no worker has begun when its own is done: a thread may run
 //     more than one. All memory effects of the bodies are visible to it when the call returns.
-//   - Workers spin for a moment after a region before they sleep: back-to-back regions start in a few microseconds.
+//   - Workers spin for a moment after a region before they sleep: back-to-back regions start in a few microseconds. While
+//     an `Awake` lives they do not sleep at all, whatever the caller does between its regions.
 //
 // Scratch memory of a body: on its stack, `thread_local`, or sliced from a buffer of the caller by task index.
 // Test: tests/ext/test_threads.py
@@ -31,6 +35,19 @@ int threads();
 // 1 <= count <= 256; other values are clamped. Takes effect with the next region.
 void set_threads(int count);
 
+// For a chain of regions: while one lives, the workers wait for the next region awake, and the caller for the end of one.
+// Cheap to make; may be nested; without effect on a team of one.
+class Awake {
+ public:
+  Awake();
+  ~Awake();
+  Awake(const Awake&) = delete;
+  Awake& operator=(const Awake&) = delete;
+
+ private:
+  void* team_;  // a child after fork() has another
+};
+
 // Mean cost of an empty region of all threads, in nanoseconds.
 double region_cost_ns(int64_t repeats);
 
@@ -40,6 +57,7 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 
 void run_static(int64_t tasks, int64_t grain, RangeFn body, void* context);
 void run_chunks(int64_t tasks, int64_t chunk, RangeFn body, void* context);
+void run_steal(int64_t tasks, int64_t chunk, RangeFn body, void* context);
 
 }  // namespace detail
 
@@ -58,6 +76,11 @@ inline void parallel_for(int64_t tasks, const Body& body, int64_t grain = 1) {
 template <class Body>
 inline void parallel_chunks(int64_t tasks, int64_t chunk, const Body& body) {
   detail::run_chunks(tasks, chunk, &call_range<Body>, const_cast<Body*>(&body));
+}
+
+template <class Body>
+inline void parallel_steal(int64_t tasks, int64_t chunk, const Body& body) {
+  detail::run_steal(tasks, chunk, &call_range<Body>, const_cast<Body*>(&body));
 }
 
 }  // namespace

@@ -22,13 +22,16 @@ using namespace exl;
   } while (0)
 
 // Every task once, whatever the numbers.
-void covers(int64_t tasks, int64_t grain, bool chunks) {
+enum class Cut { evenly, chunks, steal };
+void covers(int64_t tasks, int64_t grain, Cut cut) {
   std::vector<std::atomic<int>> hits(size_t(tasks) + 1);
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) hits[size_t(i)].fetch_add(1, std::memory_order_relaxed);
   };
-  if (chunks) {
+  if (cut == Cut::chunks) {
     parallel_chunks(tasks, grain, body);
+  } else if (cut == Cut::steal) {
+    parallel_steal(tasks, grain, body);
   } else {
     parallel_for(tasks, body, grain);
   }
@@ -54,8 +57,7 @@ int main() {
     EXPECT(threads() == count);
     for (int64_t tasks : {0, 1, 2, 3, 5, 64, 1000}) {
       for (int64_t grain : {1, 2, 17, 5000}) {
-        covers(tasks, grain, false);
-        covers(tasks, grain, true);
+        for (Cut cut : {Cut::evenly, Cut::chunks, Cut::steal}) covers(tasks, grain, cut);
       }
     }
   }
@@ -71,10 +73,35 @@ int main() {
   }
   for (int value : plain) EXPECT(value == 2000);
 
+  // Held awake, over pauses in which the workers would have slept; nested, and with a team that shrinks and grows.
+  for (int round = 0; round < 40; ++round) {
+    set_threads(1 + round % 4);
+    const Awake outer;
+    const Awake inner;
+    for (int i = 0; i < 20; ++i) {
+      if (i % 10 == 0) usleep(300);
+      EXPECT(triangle(500 + i) == int64_t(500 + i) * (499 + i) / 2);
+    }
+  }
+  usleep(2000);  // asleep again
+  set_threads(3);
+  EXPECT(triangle(100) == 4950);
+
   // The cut depends on the numbers alone, and a grain bounds the parts.
   std::atomic<int> parts{0};
   parallel_for(10, [&](int64_t, int64_t) { ++parts; }, 6);
   EXPECT(parts == 2);
+
+  // A thread that is held up keeps one chunk; the others do the rest.
+  std::atomic<int> done{0}, late{0};
+  parallel_steal(64, 2, [&](int64_t begin, int64_t end) {
+    if (begin == 0) {
+      for (int i = 0; i < 2000 && done.load() < 62; ++i) usleep(1000);
+      late = done.load();
+    }
+    done += int(end - begin);
+  });
+  EXPECT(done == 64 && late == 62);
 
   // Nested: inline on the same thread.
   std::atomic<int64_t> nested{0};

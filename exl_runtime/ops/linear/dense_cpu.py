@@ -13,7 +13,7 @@ from .tiles import flat_float, like_input, native_refusal
 
 
 class DenseCpu(LinearKernel):
-    """See the base class and ext/cpu/linear.h. The stored (out, in) layout suits the kernel: nothing is repacked."""
+    """See the base class and ext/cpu/linear_dense.h. The stored (out, in) layout suits the kernel as it is."""
 
     backend: ClassVar[str] = "cpu"
 
@@ -27,14 +27,14 @@ class DenseCpu(LinearKernel):
     def __init__(self, w: QuantFormat, device: torch.device) -> None:
         assert isinstance(w, Dense)
         self.shape = w.shape
-        self._weight = w.weight.cpu().contiguous()
+        self.weight = w.weight.cpu().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the base class."""
-        y = native.ops().linear_dense(flat_float(x), self._weight)
+        y = native.ops().linear_dense(flat_float(x), self.weight)
         return like_input(y, x)
 
     @property
     def storage_bytes(self) -> int:
         """See the base class."""
-        return self._weight.nbytes
+        return self.weight.nbytes

@@ -1,0 +1,62 @@
+"""`python -m eval step`: where one decode step spends its time."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from exl_runtime.errors import UsageError
+
+from ..opening import add_loading, add_model, open_model, positive
+from ..outcome import Outcome
+from .speed import thread_counts
+
+if TYPE_CHECKING:
+    from exl_runtime.console.progress import Progress
+
+HELP = "where one decode step on the CPU spends its time: products, attention, and everything around them"
+USAGE = "MODEL [--prompt 512] [--generate 64] [--threads N[,N...]] [options]"
+EPILOG = """\
+Medians over the steps of one sequence, greedy, without guesses. Each part counts what it spends itself."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_model(parser)
+    group = parser.add_argument_group("what is run")
+    group.add_argument("--prompt", type=positive, default=512, metavar="N", help="tokens before it (default: 512)")
+    group.add_argument("--generate", type=positive, default=64, metavar="N", help="steps (default: 64)")
+    add_loading(parser, threads=thread_counts)
+
+
+def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
+    """Open, measure, tell. Raises ExlError."""
+    import torch
+
+    from exl_runtime.ops import native
+
+    from ..speed.bandwidth import Bandwidth
+    from ..speed.breakdown import break_down, facts_of, text_of
+    from ..speed.sprint import plain_ids
+    from ..speed.traffic import traffic_of
+    from ..speed.workload import Workload, prompts_of
+
+    counts = args.threads or (None,)
+    args.threads = counts[0]
+    load = Workload(prompt=args.prompt, generate=args.generate + 2, batch=1)
+    found = []
+    with open_model(args.model, args, progress, context=load.context) as runtime:
+        if runtime.info.backend != "cpu":
+            raise UsageError("a step is taken apart on the CPU backend only", hint="give --backend cpu")
+        prompt = list(prompts_of(load, 0, plain_ids(runtime)).cold[0])
+        memory = Bandwidth(torch.device("cpu"))
+        for count in counts:
+            progress.say(f"measuring with {count or 'all'} threads")
+            native.set_threads(count)
+            traffic, bandwidth = traffic_of(runtime, 1), memory.measure()
+            try:
+                found.append(break_down(runtime, prompt, args.generate, traffic=traffic, bandwidth=bandwidth))
+            except ValueError as err:
+                raise UsageError(f"{args.model} runs operator by operator: {err}") from err
+        name = runtime.info.name
+    heading = f"{name}: one step of one sequence, {args.prompt} tokens in the cache"
+    text = "\n\n".join([heading, *(text_of(one) for one in found)])
+    return Outcome(text=text, facts={"model": name, "prompt": args.prompt, "tables": [facts_of(one) for one in found]})

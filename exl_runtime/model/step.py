@@ -1,0 +1,118 @@
+"""The native pass of a model: one call for all layers where its parts are ones that ext/cpu/step.h knows.
+
+It gives the bits of the blocks called one after another, without an interpreter and without torch between them.
+Mixtures of experts, half precision on the CPU and kernels from elsewhere are not for it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache.storage import KVStorage
+from ..config.spec import ModelSpec, RopeSpec
+from ..ops import step as native
+from .batch import ForwardBatch
+from .block import Block
+from .embedding import Embedding
+from .linear import Linear
+from .mlp import Mlp
+
+WHOLE = 64  # tokens of a pass that runs in one call; a longer one comes back to the interpreter after every layer
+
+
+class NativeStep:
+    """Built by `native_step`. Not thread-safe, as the Transformer around it."""
+
+    def __init__(self, program: native.Program) -> None:
+        self.program = program
+
+    def run(self, batch: ForwardBatch, kv: KVStorage, angles: Sequence[Tensor], places: Tensor) -> Tensor:
+        """Float32 logits (L, vocab), before any softcap; keys and values go into `kv`. See `Angles.rows`."""
+        program = self.program
+        rows = batch.tokens.shape[0]
+        x = torch.empty(rows, program.hidden)
+        each = program.layers if rows <= WHOLE else 1
+        for first in range(0, program.layers, each):
+            logits = program.run(
+                x,
+                batch.tokens,
+                batch.slots,
+                batch.q_starts,
+                batch.kv_lengths,
+                batch.pages,
+                batch.logit_rows,
+                kv.keys,
+                kv.values,
+                angles,
+                places,
+                first,
+                first + each,
+            )
+        return logits
+
+
+def native_step(
+    spec: ModelSpec,
+    embedding: Embedding,
+    blocks: Sequence[Block],
+    final_norm: Tensor,
+    head: Linear,
+    *,
+    ropes: Sequence[RopeSpec],
+    dtype: torch.dtype,
+    backend: str,
+) -> NativeStep | None:
+    """The native pass of these parts, or None where one of them is not for it."""
+    if backend != "cpu" or dtype != torch.float32 or not blocks:
+        return None
+    layers = [_layer(block, ropes) for block in blocks]
+    end = _matrix(head)
+    if end is None or not all(layers):
+        return None
+    program = native.Program(
+        table=embedding.table,
+        embedding_scale=embedding.scale,
+        layers=[layer for layer in layers if layer is not None],
+        final_norm=final_norm,
+        head=end,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        eps=spec.norm_eps,
+        norm_offset=spec.norm_weight_offset,
+        attention_scale=spec.attention_scale,
+        attention_softcap=spec.attention_softcap,
+        logit_scale=spec.logit_scale,
+    )
+    return NativeStep(program)
+
+
+def _layer(block: Block, ropes: Sequence[RopeSpec]) -> native.Layer | None:
+    attention, mlp, norms = block.attention, block.mlp, block.norms
+    if type(mlp) is not Mlp:
+        return None
+    linears = (attention.query, attention.key, attention.value, attention.out, mlp.gate, mlp.up, mlp.down)
+    matrices = tuple(matrix for linear in linears if (matrix := _matrix(linear)) is not None)
+    if len(matrices) < len(linears):
+        return None
+    heads = attention.norms
+    return native.Layer(
+        matrices=matrices,
+        norms=(
+            norms.input,
+            norms.pre_mlp,
+            norms.post_attention,
+            norms.post_mlp,
+            None if heads is None else heads.query,
+            None if heads is None else heads.key,
+        ),
+        activation=mlp.activation,
+        window=attention.window,
+        rope=ropes.index(block.layer.rope),
+    )
+
+
+def _matrix(linear: Linear) -> native.Matrix | None:
+    # A subclass computes something else around the kernel.
+    return native.Matrix.of(linear.kernel, linear.bias) if type(linear) is Linear else None

@@ -1,0 +1,160 @@
+"""A whole pass of a model as one native call (ext/cpu/step.h). Knows matrices and operators, not specs or batches."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+from .linear.base import LinearKernel
+from .linear.dense_cpu import DenseCpu
+from .linear.packed_cpu import PackedCpu
+
+NONE = torch.empty(0)  # stands for a bias or a norm that is not there
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix as the native pass reads it: packed bytes or a dense (outputs, inputs) weight, and its bias."""
+
+    weight: Tensor
+    bias: Tensor
+    residual: int
+
+    @classmethod
+    def of(cls, kernel: LinearKernel, bias: Tensor | None) -> "Matrix | None":
+        """None if the native pass has no such kernel."""
+        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+            return None
+        if isinstance(kernel, PackedCpu):
+            return cls(kernel.packed, NONE if bias is None else bias, kernel.residual)
+        if isinstance(kernel, DenseCpu):
+            return cls(kernel.weight, NONE if bias is None else bias, 0)
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer. matrices: query, key, value, out, gate, up, down. norms: input, pre_mlp, post_attention, post_mlp,
+    query, key, float32; None where the model has none. rope: which of the angles of a pass are this layer's."""
+
+    matrices: tuple[Matrix, ...]
+    norms: tuple[Tensor | None, ...]
+    activation: str
+    window: int | None
+    rope: int
+
+
+class Program:
+    """A model, built once; it keeps every tensor that it reads.
+
+    A packed matrix keeps the residual that its kernel had when the program was built.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: Tensor,
+        embedding_scale: float,
+        layers: Sequence[Layer],
+        final_norm: Tensor,
+        head: Matrix,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        norm_offset: float,
+        attention_scale: float,
+        attention_softcap: float | None,
+        logit_scale: float,
+    ) -> None:
+        """table (vocabulary, hidden) in its stored dtype. Shapes that do not fit are RuntimeErrors."""
+        ops = native.ops()
+        number: int = ops.step_new(
+            table.contiguous(),
+            embedding_scale,
+            final_norm,
+            head.weight,
+            head.bias,
+            head.residual,
+            heads,
+            kv_heads,
+            head_dim,
+            eps,
+            norm_offset,
+            attention_scale,
+            attention_softcap or 0.0,
+            logit_scale,
+        )
+        self._number = number
+        weakref.finalize(self, ops.step_free, number).atexit = False
+        for layer in layers:
+            ops.step_layer(
+                number,
+                [matrix.weight for matrix in layer.matrices],
+                [matrix.bias for matrix in layer.matrices],
+                [matrix.residual for matrix in layer.matrices],
+                [NONE if norm is None else norm for norm in layer.norms],
+                layer.activation,
+                layer.window or 0,
+                layer.rope,
+            )
+        self.layers = len(layers)
+        self.hidden = table.shape[1]
+        self._run = ops.step_run
+
+    def run(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        slots: Tensor,
+        q_starts: Tensor,
+        kv_lengths: Tensor,
+        pages: Tensor,
+        logit_rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        angles: Sequence[Tensor],
+        places: Tensor,
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """Layers [first, last). From layer 0 on x is made from the tokens; the last layer ends in logits.
+
+        x             float32 (T, hidden), written in place
+        keys, values  the pages of all layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
+        angles        cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
+        places        int64 (T,), the row in them of every token
+        The others are those of `ForwardBatch`. Returns float32 logits (L, vocab), empty if `last` is not the end.
+        """
+        logits: Tensor = self._run(
+            self._number,
+            x,
+            tokens,
+            slots,
+            q_starts,
+            kv_lengths,
+            pages,
+            logit_rows,
+            keys,
+            values,
+            angles,
+            places,
+            first,
+            last,
+        )
+        return logits
+
+    def times(self, timed: bool = True) -> dict[str, float]:
+        """Seconds spent in each phase since the last call of this; from now on passes are timed, or not."""
+        seconds, names = native.ops().step_times(self._number, timed)
+        return dict(zip(names.split(), seconds.tolist(), strict=True))
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; natively where the kernels are loaded."""
+    if native.loaded() and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous():
+        return bool(native.ops().all_finite(x))
+    return bool(torch.isfinite(x).all())

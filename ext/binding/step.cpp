@@ -1,0 +1,293 @@
+// A whole pass of a model in one call. Contract: cpu/step.h.
+//
+// A model is built once, step_new and then step_layer for every layer; everything about its matrices is checked there.
+// It keeps the tensors that it reads. step_run looks only at the batch.
+#include "../cpu/step.h"
+
+#include <cmath>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "../common/kv_rows.h"
+#include "../cpu/kv_append.h"
+#include "checks.h"
+#include "shared.h"
+
+namespace exl {
+namespace {
+
+struct StepProgram {
+  StepModel model;
+  std::vector<Tensor> kept;
+  StepTimes times{};
+  bool timed = false;
+};
+
+std::mutex step_guard;
+std::map<int64_t, std::shared_ptr<StepProgram>> step_programs;
+
+std::shared_ptr<StepProgram> step_program(const char* op, int64_t program) {
+  const std::lock_guard<std::mutex> hold(step_guard);
+  const auto found = step_programs.find(program);
+  EXL_CHECK(found != step_programs.end(), "exl::", op, ": there is no program ", program);
+  return found->second;
+}
+
+// float32 (size,), or null where an empty tensor says that there is none.
+const float* step_vector(const char* op, const char* name, const Tensor& t, int64_t size, bool optional) {
+  if (optional && t.numel() == 0) return nullptr;
+  check_cpu(op, name, t, ScalarType::Float);
+  check_shape(op, name, t, {size});
+  return t.const_data_ptr<float>();
+}
+
+StepMatrix step_matrix(const char* op, const Tensor& weight, const Tensor& bias, int64_t residual_rows) {
+  StepMatrix w{};
+  if (weight.scalar_type() == ScalarType::Byte) {
+    w.packed = check_packed(op, weight);
+    w.residual_rows = residual_rows;
+    w.inputs = w.packed.header->inputs, w.outputs = w.packed.header->outputs;
+  } else {
+    const Dtype dtype = check_cpu_float(op, "weight", weight);
+    check_shape(op, "weight", weight, {-1, -1});
+    w.inputs = weight.size(1), w.outputs = weight.size(0);
+    w.dense = {weight.data_ptr(), dtype, w.inputs, w.outputs};
+  }
+  w.bias = step_vector(op, "bias", bias, w.outputs, true);
+  return w;
+}
+
+void step_fits(const char* op, const char* name, const StepMatrix& w, int64_t inputs, int64_t outputs) {
+  EXL_CHECK(w.inputs == inputs && w.outputs == outputs, "exl::", op, ": ", name, " must be ", inputs, " x ", outputs,
+            ", got ", w.inputs, " x ", w.outputs);
+}
+
+int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& final_norm, const Tensor& head,
+                    const Tensor& head_bias, int64_t head_residual, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                    double eps, double norm_offset, double attention_scale, double attention_softcap,
+                    double logit_scale) {
+  const char* op = "step_new";
+  auto program = std::make_shared<StepProgram>();
+  StepModel& m = program->model;
+  m.table_dtype = check_cpu_float(op, "table", table);
+  check_shape(op, "table", table, {-1, -1});
+  m.table = table.data_ptr();
+  m.embedding_scale = float(embedding_scale);
+  m.vocabulary = table.size(0), m.hidden = table.size(1);
+  m.heads = heads, m.kv_heads = kv_heads, m.head_dim = head_dim;
+  EXL_CHECK(m.hidden > 0 && head_dim > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "exl::", op, ": ",
+            heads, " heads and ", kv_heads, " key/value heads of ", head_dim, ", hidden ", m.hidden);
+  m.eps = float(eps), m.norm_offset = float(norm_offset);
+  m.attention_scale = float(attention_scale), m.attention_softcap = float(attention_softcap);
+  EXL_CHECK(std::isfinite(m.attention_softcap) && m.attention_softcap >= 0, "exl::", op, ": softcap ",
+            attention_softcap);
+  m.final_norm = step_vector(op, "final_norm", final_norm, m.hidden, false);
+  m.head = step_matrix(op, head, head_bias, head_residual);
+  step_fits(op, "head", m.head, m.hidden, m.head.outputs);
+  m.logit_scale = float(logit_scale);
+  program->kept = {table, final_norm, head, head_bias};
+  const std::lock_guard<std::mutex> hold(step_guard);
+  static int64_t last = 0;
+  step_programs[++last] = std::move(program);
+  return last;
+}
+
+// matrices, biases and residuals: query, key, value, out, gate, up, down. norms: input, pre_mlp, post_attention,
+// post_mlp, query, key. An empty tensor stands for none; window 0 for all keys.
+void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Tensor> biases,
+                   std::vector<int64_t> residuals, std::vector<Tensor> norms, const std::string& activation,
+                   int64_t window, int64_t rope) {
+  const char* op = "step_layer";
+  const auto program = step_program(op, number);
+  StepModel& m = program->model;
+  EXL_CHECK(matrices.size() == 7 && biases.size() == 7 && residuals.size() == 7 && norms.size() == 6, "exl::", op,
+            ": wanted 7 matrices, biases and residuals and 6 norms, got ", matrices.size(), ", ", biases.size(), ", ",
+            residuals.size(), " and ", norms.size());
+  StepLayer l{};
+  StepMatrix* const slots[] = {&l.query, &l.key, &l.value, &l.out, &l.gate, &l.up, &l.down};
+  for (size_t i = 0; i < 7; ++i) *slots[i] = step_matrix(op, matrices[i], biases[i], residuals[i]);
+  const int64_t wide = m.heads * m.head_dim, narrow = m.kv_heads * m.head_dim, inner = l.gate.outputs;
+  step_fits(op, "query", l.query, m.hidden, wide);
+  step_fits(op, "key", l.key, m.hidden, narrow);
+  step_fits(op, "value", l.value, m.hidden, narrow);
+  step_fits(op, "out", l.out, wide, m.hidden);
+  step_fits(op, "gate", l.gate, m.hidden, inner);
+  step_fits(op, "up", l.up, m.hidden, inner);
+  step_fits(op, "down", l.down, inner, m.hidden);
+  l.input_norm = step_vector(op, "the input norm", norms[0], m.hidden, false);
+  l.pre_mlp_norm = step_vector(op, "the pre-MLP norm", norms[1], m.hidden, false);
+  l.post_attention_norm = step_vector(op, "the post-attention norm", norms[2], m.hidden, true);
+  l.post_mlp_norm = step_vector(op, "the post-MLP norm", norms[3], m.hidden, true);
+  l.query_norm = step_vector(op, "the query norm", norms[4], m.head_dim, true);
+  l.key_norm = step_vector(op, "the key norm", norms[5], m.head_dim, true);
+  EXL_CHECK((l.query_norm == nullptr) == (l.key_norm == nullptr), "exl::", op, ": one of query and key has a norm");
+  l.activation = activation_of(op, activation);
+  EXL_CHECK(window >= 0 && rope >= 0, "exl::", op, ": window ", window, ", rope ", rope);
+  l.window = window == 0 ? std::numeric_limits<int64_t>::max() : window;
+  l.rope = rope;
+  for (const auto* list : {&matrices, &biases, &norms}) {
+    program->kept.insert(program->kept.end(), list->begin(), list->end());
+  }
+  m.layers.push_back(l);
+}
+
+void op_step_free(int64_t number) {
+  const std::lock_guard<std::mutex> hold(step_guard);
+  step_programs.erase(number);
+}
+
+// The pages of all layers, (layers, pages, page_size, kv_heads, head_dim or row_bytes).
+StepPages step_pages(const char* op, const char* name, const Tensor& t, const StepModel& m, StepBatch& b) {
+  check_shape(op, name, t, {int64_t(m.layers.size()), -1, -1, m.kv_heads, -1});
+  StepPages pages{t.data_ptr(), 0, 0};
+  int64_t bytes = 1;
+  if (t.scalar_type() == ScalarType::Byte) {
+    check_cpu(op, name, t, ScalarType::Byte);
+    pages.bits = kv_bits(t.size(4), m.head_dim);
+    EXL_CHECK(pages.bits > 0, "exl::", op, ": rows of ", t.size(4), " bytes in ", name, " hold no quantized head of ",
+              m.head_dim, " values");
+  } else {
+    b.page_dtype = check_cpu_float(op, name, t);
+    check_shape(op, name, t, {-1, -1, -1, -1, m.head_dim});
+    bytes = element_bytes(b.page_dtype);
+  }
+  pages.stride = t.size(1) * t.size(2) * t.size(3) * t.size(4) * bytes;
+  return pages;
+}
+
+// The angles of every rope in turn: cos and sin, float32 (n, half).
+std::vector<StepRope> step_ropes(const char* op, const std::vector<Tensor>& angles, const StepModel& m) {
+  std::vector<StepRope> ropes;
+  const int64_t rows = angles.empty() ? 0 : angles[0].size(0);
+  for (size_t i = 0; i + 1 < angles.size(); i += 2) {
+    check_cpu(op, "cos", angles[i], ScalarType::Float);
+    check_cpu(op, "sin", angles[i + 1], ScalarType::Float);
+    check_shape(op, "cos", angles[i], {rows, -1});
+    const int64_t half = angles[i].size(1);
+    check_shape(op, "sin", angles[i + 1], {rows, half});
+    EXL_CHECK(2 * half <= m.head_dim, "exl::", op, ": angles of ", half, " pairs for heads of ", m.head_dim);
+    ropes.push_back({angles[i].const_data_ptr<float>(), angles[i + 1].const_data_ptr<float>(), half});
+  }
+  for (const StepLayer& layer : m.layers) {
+    EXL_CHECK(size_t(layer.rope) < ropes.size(), "exl::", op, ": ", ropes.size(), " ropes, a layer wants number ",
+              layer.rope);
+  }
+  return ropes;
+}
+
+const int64_t* step_longs(const char* op, const char* name, const Tensor& t, int64_t size, int64_t limit) {
+  check_cpu(op, name, t, ScalarType::Long);
+  check_shape(op, name, t, {size});
+  const int64_t* values = t.const_data_ptr<int64_t>();
+  const int64_t bad = bad_slot(values, t.size(0), limit);
+  EXL_CHECK(bad < 0, "exl::", op, ": ", name, "[", bad, "] is ", values[bad < 0 ? 0 : bad], ", allowed are 0 to ",
+            limit - 1);
+  return values;
+}
+
+Tensor op_step_run(int64_t number, const Tensor& x, const Tensor& tokens, const Tensor& slots, const Tensor& q_starts,
+                   const Tensor& kv_lengths, const Tensor& pages, const Tensor& logit_rows, const Tensor& keys,
+                   const Tensor& values, std::vector<Tensor> angles, const Tensor& places, int64_t first, int64_t last) {
+  const char* op = "step_run";
+  const auto program = step_program(op, number);
+  const StepModel& m = program->model;
+  const int64_t layers = int64_t(m.layers.size());
+  EXL_CHECK(0 <= first && first <= last && last <= layers, "exl::", op, ": layers ", first, " to ", last, " of ",
+            layers);
+  check_cpu(op, "x", x, ScalarType::Float);
+  check_shape(op, "x", x, {-1, m.hidden});
+  StepBatch b{};
+  b.rows = x.size(0);
+  b.keys = step_pages(op, "keys", keys, m, b);
+  b.values = step_pages(op, "values", values, m, b);
+  EXL_CHECK(keys.scalar_type() == values.scalar_type() && keys.size(1) == values.size(1) &&
+                keys.size(2) == values.size(2),
+            "exl::", op, ": keys ", describe(keys), " and values ", describe(values), " do not belong together");
+  b.page_size = keys.size(2);
+  EXL_CHECK(b.page_size > 0, "exl::", op, ": empty pages, got ", describe(keys));
+  b.tokens = step_longs(op, "tokens", tokens, b.rows, m.vocabulary);
+  b.slots = step_longs(op, "slots", slots, b.rows, keys.size(1) * b.page_size);
+  b.logits = logit_rows.numel();
+  b.logit_rows = step_longs(op, "logit_rows", logit_rows, b.logits, b.rows);
+  EXL_CHECK(b.logits <= b.rows, "exl::", op, ": ", b.logits, " rows of logits of ", b.rows, " tokens");
+  check_cpu(op, "q_starts", q_starts, ScalarType::Int);
+  check_cpu(op, "kv_lengths", kv_lengths, ScalarType::Int);
+  check_cpu(op, "pages", pages, ScalarType::Int);
+  check_shape(op, "kv_lengths", kv_lengths, {-1});
+  b.sequences = kv_lengths.size(0);
+  check_shape(op, "q_starts", q_starts, {b.sequences + 1});
+  check_shape(op, "pages", pages, {b.sequences, -1});
+  b.table_width = pages.size(1);
+  b.q_starts = q_starts.const_data_ptr<int32_t>();
+  b.kv_lengths = kv_lengths.const_data_ptr<int32_t>();
+  b.page_table = pages.const_data_ptr<int32_t>();
+  AttentionArgs a{};
+  a.q_starts = b.q_starts, a.kv_lengths = b.kv_lengths, a.page_table = b.page_table;
+  a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
+  for (int64_t i = first; i < last; ++i) {  // the widest window stands for all
+    a.window = m.layers[size_t(i)].window > a.window ? m.layers[size_t(i)].window : a.window;
+  }
+  if (first < last) check_tables(op, a, b.rows, keys.size(1));
+  const std::vector<StepRope> ropes = step_ropes(op, angles, m);
+  b.ropes = ropes.data(), b.rope_count = int64_t(ropes.size());
+  b.places = step_longs(op, "places", places, b.rows, angles.empty() ? 0 : angles[0].size(0));
+  const bool ends = last == layers;
+  Tensor logits = empty_cpu({ends ? b.logits : 0, m.head.outputs}, ScalarType::Float);
+  step_cpu(m, b, first, last, x.mutable_data_ptr<float>(), ends ? logits.mutable_data_ptr<float>() : nullptr,
+           program->timed ? &program->times : nullptr);
+  return logits;
+}
+
+// Seconds by phase since the last call, and their names; from now on passes are timed, or not.
+std::tuple<Tensor, std::string> op_step_times(int64_t number, bool timed) {
+  const auto program = step_program("step_times", number);
+  constexpr int count = int(Phase::count);
+  Tensor seconds = empty_cpu({count}, ScalarType::Double);
+  std::string names;
+  for (int i = 0; i < count; ++i) {
+    seconds.mutable_data_ptr<double>()[i] = program->times.seconds[i];
+    names += std::string(i ? " " : "") + kPhaseNames[i];
+  }
+  program->times = {};
+  program->timed = timed;
+  return {seconds, names};
+}
+
+bool op_all_finite(const Tensor& x) {
+  check_cpu("all_finite", "x", x, ScalarType::Float);
+  return all_finite(x.const_data_ptr<float>(), x.numel());
+}
+
+}  // namespace
+}  // namespace exl
+
+STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
+  m.def(
+      "step_new(Tensor table, float embedding_scale, Tensor final_norm, Tensor head, Tensor head_bias, "
+      "int head_residual, int heads, int kv_heads, int head_dim, float eps, float norm_offset, float attention_scale, "
+      "float attention_softcap, float logit_scale) -> int");
+  m.def(
+      "step_layer(int program, Tensor[] matrices, Tensor[] biases, int[] residuals, Tensor[] norms, str activation, "
+      "int window, int rope) -> ()");
+  m.def("step_free(int program) -> ()");
+  m.def(
+      "step_run(int program, Tensor(a!) x, Tensor tokens, Tensor slots, Tensor q_starts, Tensor kv_lengths, "
+      "Tensor pages, Tensor logit_rows, Tensor(b!) keys, Tensor(c!) values, Tensor[] angles, Tensor places, int first, int last) "
+      "-> Tensor");
+  m.def("step_times(int program, bool timed) -> (Tensor, str)");
+  m.def("all_finite(Tensor x) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
+  m.impl("step_new", TORCH_BOX(&exl::op_step_new));
+  m.impl("step_layer", TORCH_BOX(&exl::op_step_layer));
+  m.impl("step_run", TORCH_BOX(&exl::op_step_run));
+  m.impl("all_finite", TORCH_BOX(&exl::op_all_finite));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(exl, CompositeExplicitAutograd, m) {
+  m.impl("step_free", TORCH_BOX(&exl::op_step_free));
+  m.impl("step_times", TORCH_BOX(&exl::op_step_times));
+}

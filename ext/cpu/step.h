@@ -1,0 +1,102 @@
+// A pass of a decoder-only transformer over the paged cache in one call: what the operators of this folder compute one
+// by one, in the same order and to the same bits, without an interpreter between them. No torch here.
+//
+//   x[t] = table[tokens[t]] * embedding_scale
+//   per layer   h = norm(x, input)                            q, k, v = h @ Wq, h @ Wk, h @ Wv (+ bias)
+//               q, k = norm over head_dim, where there are such weights;   rotated;   k, v into the pages
+//               a = attention(q) @ Wo (+ bias), then norm(., post_attention) where there is one;   x += a
+//               h = norm(x, pre_mlp)                          m = (activation(h @ Wg) * (h @ Wu)) @ Wd (+ biases)
+//               m = norm(m, post_mlp) where there is one;     x += m
+//   logits = norm(x[logit_rows], final) @ Wh (+ bias) * logit_scale
+//
+// All in float32 (rms_norm.h, linear_packed.h, linear_dense.h, rope.h, kv_append.h, attention.h, gated.h).
+// reference: the same model run operator by operator      test: tests/model/test_step.py
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "gated.h"
+#include "linear_dense.h"
+#include "linear_packed.h"
+
+namespace exl {
+
+// One matrix (inputs, outputs), packed or dense, and its bias.
+struct StepMatrix {
+  Packed packed;          // its header is null: it is dense
+  int64_t residual_rows;  // linear_packed.h
+  DenseWeights dense;
+  const float* bias;  // (outputs), or null
+  int64_t inputs, outputs;
+};
+
+// Norm weights are float32; null where the model has none.
+struct StepLayer {
+  const float *input_norm, *pre_mlp_norm;            // (hidden)
+  const float *post_attention_norm, *post_mlp_norm;  // (hidden), or null
+  const float *query_norm, *key_norm;                // (head_dim), or null
+  StepMatrix query, key, value, out, gate, up, down;
+  Activation activation;
+  int64_t window;  // attention.h
+  int64_t rope;    // which of the batch's
+};
+
+struct StepModel {
+  const void* table;  // (vocabulary, hidden)
+  Dtype table_dtype;
+  float embedding_scale;
+  int64_t vocabulary, hidden, heads, kv_heads, head_dim;
+  float eps, norm_offset;
+  float attention_scale, attention_softcap;
+  const float* final_norm;
+  StepMatrix head;
+  float logit_scale;
+  std::vector<StepLayer> layers;
+};
+
+// Angles, float32 (n, half); which row of them is a token's says StepBatch::places.
+struct StepRope {
+  const float *cos, *sin;
+  int64_t half;
+};
+
+// Layer l's pages lie l * stride bytes behind the first layer's.
+struct StepPages {
+  void* data;
+  int64_t stride;
+  int bits;  // 0: elements of StepBatch::page_dtype
+};
+
+// The new tokens of all sequences, one after another.
+struct StepBatch {
+  int64_t rows, sequences, table_width, page_size;
+  const int64_t *tokens, *slots;  // (rows)
+  const int32_t *q_starts, *kv_lengths, *page_table;
+  const StepRope* ropes;
+  int64_t rope_count;
+  const int64_t* places;  // (rows)
+  StepPages keys, values;
+  Dtype page_dtype;
+  const int64_t* logit_rows;  // (logits)
+  int64_t logits;
+};
+
+// Where the time of passes went, in seconds.
+enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, head, count };
+struct StepTimes {
+  double seconds[int(Phase::count)];
+};
+extern const char* const kPhaseNames[int(Phase::count)];
+
+// Layers [first, last) on x, float32 (rows, hidden), written in place. Before layer 0 the tokens' embeddings are put
+// there; after the last layer of the model float32 (logits, head.outputs) go to `logits`. `times` may be null; else the
+// time spent is added.
+void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
+              StepTimes* times);
+
+// Whether all of x are finite.
+bool all_finite(const float* x, int64_t count);
+
+}  // namespace exl
