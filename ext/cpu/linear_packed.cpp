@@ -19,6 +19,9 @@ constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
 const PackedIsa& chosen() {
 #if EXL_X86_ISA
   if (use_avx512vnni()) return linear_packed_avx512vnni();
+#if EXL_AVXVNNI
+  if (use_avxvnni()) return linear_packed_avxvnni();
+#endif
   if (isa() != Isa::portable) return linear_packed_avx2();
 #endif
   return linear_packed_portable();

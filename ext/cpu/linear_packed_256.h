@@ -19,7 +19,6 @@ struct Wide256 {
   struct F {
     __m256 part[parts];
   };
-  static constexpr bool scaled = false;
 
   template <class Out, class Op>
   static EXL_INLINE Out each(const Op& op) {

@@ -17,7 +17,7 @@ struct Avx512Vnni {
   };
   template <int>
   using For = Avx512Vnni;
-  static constexpr bool scaled = true;
+  static constexpr int scaled_sets = 4;
   static constexpr int plain_rows = 8, residual_rows = 4;
 
   template <class Out, class Op>

@@ -9,7 +9,8 @@
 //   V, F              integers and float32, a lane for every column of a block
 //   For<R>            an I to be used for R rows
 //   plain_rows, residual_rows   the most rows of one pass: 8, or at most 4
-//   scaled            whether Sum takes scaled codes (scale_log) up to 255
+//   scaled_sets       Sum takes scaled codes (scale_log) where a pass has at most so many sums of a block, counting main
+//                     and rest
 //   load(p)           the lanes of a line as V;     quad_of(p)  four bytes in every lane
 //   shift<n>, mask<m>  bits moved right (n < 0: left) within at least 16-bit lanes, masked byte by byte
 //   merge(a, b, m)    a | (b & m), m byte by byte
@@ -84,7 +85,7 @@ __attribute__((noinline)) void add_spans(const Scales<I>& scales, const Span* sp
   constexpr int64_t unit_bytes = residual ? 2 * kUnit : kUnit;
   // As many sums as hide the latency of a product, or as there are scales of codes.
   constexpr int sets = R * (residual ? 2 : 1);
-  constexpr bool scaled = I::scaled && bits <= 4 && sets <= 4;
+  constexpr bool scaled = bits <= 4 && sets <= I::scaled_sets;
   constexpr int chains = scaled || sets <= 2 ? 2 : 1;
   // With much to do for every line the processor looks too few lines ahead; with little its own guess is better.
   constexpr bool ahead = sets >= 6;
@@ -116,7 +117,7 @@ __attribute__((noinline)) void add_spans(const Scales<I>& scales, const Span* sp
       }
       const uint8_t* x = at.x;
       for (const uint8_t* codes = at.codes; codes != stop; codes += bits * kLine, x += unit_bytes) {
-        if constexpr (ahead) {
+        if (ahead && b == 0) {
           EXL_UNROLL for (int i = 0; i < bits * kLine / 64; ++i) __builtin_prefetch(codes + kAhead + i * 64);
         }
         add_quads<I, bits, R, residual, scaled, 0>(codes + b * lanes * 4, x, stride, main, rest);

@@ -16,7 +16,7 @@ struct Portable {
   using F = EightFloats;
   template <int>
   using For = Portable;
-  static constexpr bool scaled = false;
+  static constexpr int scaled_sets = 0;
   static constexpr int plain_rows = 1, residual_rows = 1;
 
   static EXL_INLINE V load(const uint8_t* p) {
