@@ -55,7 +55,7 @@ def isa_of(source: Path) -> str | None:
 
 
 def has_isa(compiler: Compiler, isa: str | None) -> bool:
-    """Whether the compiler takes the flags of an instruction set. One whose version cannot be read takes no new ones."""
+    """Whether the compiler takes the flags of an instruction set. Unknown versions take no new ones."""
     if isa not in SINCE:
         return True
     version = re.search(r"(\d+)\.\d+\.\d+", compiler.version)
