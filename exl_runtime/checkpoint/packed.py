@@ -8,7 +8,7 @@ the path of the folder; name, size, times of modification and change, and the he
 configuration; and the version of the layout. A file whose content is replaced gets another time of change from the
 system, which no program can set back.
 
-Files are written after a load by a thread of the lowest priority, if they are worth it and the disk has room, and
+Files are written after a load by a thread of low priority, if they are worth it and the disk has room, and
 appear by one rename. The models used last are kept. Nothing in here can make a load fail: what cannot be read or
 written is logged and done without.
 """
@@ -39,6 +39,7 @@ SUFFIX = ".packed"
 LEAST = 64 << 20  # bytes; smaller models are packed before one notices
 MODELS = 3  # kept
 FREE_SHARE, FREE_MOST = 10, 50 << 30  # a tenth of the disk stays free, or 50 GiB where that is less
+DELAY = 2.0  # seconds before writing begins: the first reply has the machine to itself
 LONGEST_EXIT = 10.0  # seconds that the end of the program waits for a file to be finished
 STALE = 24 * 3600.0  # seconds after which a half-written file is nobody's
 
@@ -160,7 +161,7 @@ class PackedCache(PackedFolder):
     def open(self, checkpoint: Checkpoint, configuration: object = None) -> PackedModel:
         """The model of an open checkpoint, read now if it is there and whole; else an empty one to add to.
 
-        configuration  what else decides how tensors are read, in JSON's types
+        configuration  what else decides which tensors are read and how: the folder's declarations, in JSON's types
         """
         if checkpoint.total_bytes < self.least:
             return NOT_KEPT
@@ -231,13 +232,15 @@ def _alive(partial: Path) -> bool:
 
 
 _writers: set[threading.Thread] = set()
+_ending = threading.Event()
 
 
 def _in_background(work: Callable[[], None]) -> None:
     def run() -> None:
         # Of one thread only, on Linux; elsewhere the whole process has one priority, which stays as it is.
         with suppress(AttributeError, OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        _ending.wait(DELAY)
         try:
             work()
         finally:
@@ -251,7 +254,8 @@ def _in_background(work: Callable[[], None]) -> None:
 
 @atexit.register
 def finish(seconds: float = LONGEST_EXIT) -> bool:
-    """Wait for the files being written; False when the time was not enough."""
+    """Wait for the files being written, which are begun at once; False when the time was not enough."""
+    _ending.set()
     end = time.monotonic() + seconds
     for thread in tuple(_writers):
         thread.join(max(0.0, end - time.monotonic()))

@@ -16,7 +16,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ..files import write_pieces
 from ..memory import ALIGN, empty_bytes
+from .threads import in_pieces
 
 Checksum = Callable[[Tensor], int]  # of a contiguous uint8 tensor, 64 bits
 
@@ -31,7 +31,6 @@ MAGIC = b"exl packed model, layout of file 1".ljust(64, b"\0")
 BLOCK = 4 << 20
 TRAILER = struct.Struct("<Q32s64s")
 MOST_INDEX = 1 << 28  # bytes
-MOST_READERS = 8
 
 
 class Unusable(Exception):
@@ -127,24 +126,17 @@ def _index(descriptor: int, key: str) -> tuple[int, list[int], list[tuple[str, i
 def _read_blocks(descriptor: int, block: Tensor, sums: list[int], checksum: Checksum) -> None:
     target = memoryview(block.numpy())
 
-    def one(number: int) -> bool:
-        begin, end = number * BLOCK, min((number + 1) * BLOCK, len(target))
+    def one(begin: int, end: int) -> bool:
         done = begin
         while done < end:
             count = os.preadv(descriptor, [target[done:end]], len(MAGIC) + done)
             if count == 0:
                 return False
             done += count
-        return checksum(block[begin:end]) == sums[number]
+        return checksum(block[begin:end]) == sums[begin // BLOCK]
 
-    with ThreadPoolExecutor(min(MOST_READERS, usable_processors()), thread_name_prefix="exl-read") as readers:
-        if not all(readers.map(one, range(len(sums)))):
-            raise Unusable("it is damaged")
-
-
-def usable_processors() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not in_pieces(len(target), BLOCK, one):
+        raise Unusable("it is damaged")
 
 
 def _hash(data: bytes) -> bytes:

@@ -20,6 +20,7 @@ from ..memory import empty_bytes
 from .groups import TensorGroup
 from .header import AGAIN, TensorInfo, short
 from .index import FolderIndex, read_folder
+from .threads import in_pieces
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -42,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+PIECE = 4 << 20  # bytes that a thread reads at a time, of tensors that have several such pieces
 _MANY = 2000  # similar names are looked for among at most this many
 
 
@@ -149,14 +151,18 @@ class Checkpoint:
             self.close()
 
     def _read_into(self, info: TensorInfo, start: int, target: memoryview) -> None:
-        done = 0
         try:
             descriptor = self._descriptor(info.file)
-            while done < len(target):
-                count = os.preadv(descriptor, [target[done:]], start + done)
-                if count == 0:
-                    raise CheckpointError(f"{info.file}: ends inside tensor {short(info.name)}", hint=AGAIN)
-                done += count
+
+            def one(done: int, end: int) -> bool:
+                while done < end:
+                    count = os.preadv(descriptor, [target[done:end]], start + done)
+                    if count == 0:
+                        raise CheckpointError(f"{info.file}: ends inside tensor {short(info.name)}", hint=AGAIN)
+                    done += count
+                return True
+
+            in_pieces(len(target), PIECE, one)
         except OSError as err:
             raise CheckpointError(
                 f"{info.file}: tensor {short(info.name)} cannot be read: {err.strerror or err}",

@@ -156,7 +156,10 @@ class _Loader:
 
     def select(self, matrix: QuantFormat, packing: Packing | None = None) -> LinearKernel:
         """The best kernel for a matrix."""
-        return select(matrix, self.device, self.backend, packing)
+        kernel = select(matrix, self.device, self.backend, packing)
+        # The codes of a quantized matrix are lent: a kernel that kept them would read those of the next one.
+        assert packing is None or kernel.repacks or isinstance(matrix, Dense), f"{type(kernel).__name__} keeps codes"
+        return kernel
 
     def head(self, embedding: Embedding) -> Linear:
         """The output head; the embedding table when the checkpoint has no head of its own and may share it."""

@@ -7,6 +7,7 @@ import torch
 
 from ..cache.storage import KVStorage
 from ..cache.types import FP16, FP32
+from ..checkpoint.packed import NOT_KEPT, PackedCache
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
 from ..config.resolve import resolve
@@ -26,6 +27,7 @@ def open_draft(
     device: torch.device,
     backend: str,
     dtype: torch.dtype | None,
+    packed: PackedCache | None = None,
     progress: Callable[[int, int], None],
 ) -> tuple[Transformer, KVStorage]:
     """The model in `folder` and `pages` pages for it. Raises UsageError when it has other tokens, and what loading
@@ -34,6 +36,7 @@ def open_draft(
     spec = resolve(files.config, files.generation)
     require_same_tokens(tokenizer, Tokenizer.open(folder), folder)
     with Checkpoint.open(folder) as checkpoint:
+        kept = NOT_KEPT if packed is None else packed.open(checkpoint, [files.config, files.quantization])
         model = load_transformer(
             checkpoint,
             spec,
@@ -41,8 +44,10 @@ def open_draft(
             device=device,
             backend=backend,
             dtype=dtype,
+            packed=kept,
             progress=progress,
         )
+        kept.keep()
     cache = FP32 if device.type == "cpu" else FP16
     return model, KVStorage(geometry_of(spec, cache), pages, device)
 

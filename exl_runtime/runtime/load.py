@@ -97,10 +97,9 @@ def load(
     wanted = check_context(context, spec)
     kernels = native.resolve_backend(None if backend == "auto" else backend, where)
     native.set_threads(threads)
+    kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
-        packed = NOT_KEPT
-        if packed_cache and kernels == "cpu":
-            packed = open_packed_cache().open(checkpoint, files.quantization)
+        packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
         transformer = load_transformer(
             checkpoint,
             spec,
@@ -141,6 +140,7 @@ def load(
             device=where,
             backend=kernels,
             dtype=resolve_dtype(dtype),
+            packed=kept,
             progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
         )
     return Runtime(

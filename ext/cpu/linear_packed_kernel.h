@@ -1,16 +1,16 @@
 // The kernels of linear_packed.h, written once over an instruction set I. Included by linear_packed_<isa>.cpp only;
 // internal linkage, see isa.h.
 //
-// A block is as many columns of a tile as there are registers for, at best the whole tile: a quad of the input is loaded
-// once for all its columns. Where a tile has several blocks, they take turns span by span, so that the tile is still read
-// from front to back.
+// A block is as many columns of a tile as there are registers for, at best the whole tile: a quad of the input is
+// loaded once for all its columns. Where a tile has several blocks, they take turns span by span, so that the tile is
+// still read from front to back.
 //
 // I provides
 //   V, F              integers and float32, a lane for every column of a block
 //   For<R>            an I to be used for R rows
 //   plain_rows, residual_rows   the most rows of one pass: 8, or at most 4
-//   scaled_sets       Sum takes scaled codes (scale_log) where a pass has at most so many sums of a block, counting main
-//                     and rest
+//   scaled_sets       Sum takes scaled codes (scale_log) where a pass has at most so many sums of a block, main and
+//                     rest counted each
 //   load(p)           the lanes of a line as V;     quad_of(p)  four bytes in every lane
 //   shift<n>, mask<m>  bits moved right (n < 0: left) within at least 16-bit lanes, masked byte by byte
 //   merge(a, b, m)    a | (b & m), m byte by byte

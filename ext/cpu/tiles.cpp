@@ -2,6 +2,7 @@
 #include "tiles.h"
 
 #include <cstring>
+#include <vector>
 
 #include "isa.h"
 #include "threads.h"
@@ -12,6 +13,7 @@ namespace {
 
 // So a visit to a row of words fetches 1 KiB, and where rows are visited out of order their parts stay cached.
 constexpr int64_t kTilesAtOnce = 16;
+constexpr int64_t kGathered = 2 << 20;  // bytes of words in another order that a thread holds, about
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -42,6 +44,14 @@ void each_span(const TileSource& s, const F& f) {
     const bool scales = opens || (fresh && s.spans[i].group % scale_groups(s.kind) == 0);
     units = (opens ? 0 : units) + s.spans[i].units;
     f(i, opens, scales ? scale_bytes(s.kind) : 0);
+  }
+}
+
+// Columns [first, first + count) of the result, side by side: a code is looked at several times, a word moved once.
+void gather(const TileSource& s, int64_t first, int64_t count, int32_t* to) {
+  for (int64_t row = 0; row < s.word_rows; ++row) {
+    const int32_t* from = s.words + row * s.stride;
+    for (int64_t n = 0; n < count; ++n) *to++ = from[s.columns[first + n]];
   }
 }
 
@@ -103,8 +113,38 @@ void pack_tiles(const TileSource& s, uint8_t* to) {
   if (s.rows != nullptr) std::memcpy(to + h.rows_at, s.rows, size_t(s.positions) * 4);
   if (s.kind == ScaleKind::exl2) std::memcpy(to + h.tables_at, s.tables, size_t(s.groups) * 64);
   const PackTiles pack = packer();
-  const auto body = [&](int64_t begin, int64_t end) { pack(s, to, begin, end); };
-  parallel_chunks(tiles, kTilesAtOnce, body);
+  if (s.columns == nullptr) {
+    parallel_chunks(tiles, kTilesAtOnce, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kTileColumns;
+      pack(s, {s.words + first, s.stride, s.stride - first}, to, begin, end);
+    });
+    return;
+  }
+  // A visit fetches nearly every line of a row, whatever it takes of it: few visits, of equal size for all threads.
+  const int64_t most = kGathered / (s.word_rows * kTileColumns * 4 + 1);
+  const int64_t fair = (tiles + threads() - 1) / threads();
+  const int64_t wanted = most < fair ? most : fair;
+  const int64_t at_once = wanted > kTilesAtOnce ? wanted : kTilesAtOnce;
+  const int64_t visits = (tiles + at_once - 1) / at_once;
+  const int64_t workers = visits < threads() ? visits : threads();
+  const int64_t room = s.word_rows * at_once * kTileColumns;
+  std::vector<int32_t> rooms(size_t(workers * room));  // here, as nothing may be allocated in a region
+  parallel_for(workers, [&](int64_t from, int64_t until) {
+    for (int64_t worker = from; worker < until; ++worker) {
+      int32_t* const words = rooms.data() + worker * room;
+      for (int64_t begin = worker * at_once; begin < tiles; begin += workers * at_once) {
+        const int64_t end = begin + at_once < tiles ? begin + at_once : tiles;
+        const int64_t first = begin * kTileColumns, last = end * kTileColumns;
+        const int64_t count = (s.outputs < last ? s.outputs : last) - first;
+        gather(s, first, count, words);
+        for (int64_t t = begin; t < end; t += kTilesAtOnce) {
+          const int64_t before = (t - begin) * kTileColumns;
+          const int64_t stop = t + kTilesAtOnce < end ? t + kTilesAtOnce : end;
+          pack(s, {words + before, count, count - before}, to, t, stop);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace exl

@@ -15,8 +15,9 @@
 //   5 bits   quad 0 | 5.012    quad 1 | 5.34 | 7.3    quad 2 | 6.012    quad 3 | 6.34 | 7.4    quad 4 | 7.012
 //   3 bits   quad 0 | quad 1 | 6.01    quad 2 | quad 3 | 7.01    quad 4 | quad 5 | 6.2 | 7.2
 //
-// A panel is as many spans as make at most 64 units: as much input as stays in a first-level cache while the tiles of
-// the panel pass by, one after another in one stream. A second stream would cost half of the speed of memory; that is
+// A panel is as many spans as make at most 32 units: as much input, with its tables of scales, as stays in a first-level
+// cache while the tiles of the panel pass by, one after another in one stream: a tile of twice as many units drives
+// them out and costs up to a third of the speed. A second stream would cost half of the speed of memory; that is
 // why the 32 columns that share a loaded input lie side by side.
 //
 //   memory   PackedHeader | spans | panels | rows | tables | tiles of panel 0 | tiles of panel 1 | ...
@@ -29,7 +30,9 @@
 //
 // W = (code - zero) * scale, unrounded: the formats round this product to half, which the kernels do not.
 //
-// reference: QuantFormat.dequantize      test: tests/ops/test_linear_packed.py
+// Outputs may be packed in another order than they are stored in: the source says which.
+//
+// reference: QuantFormat.dequantize      test: tests/ops/test_linear_packed.py, tests/ops/test_packing.py
 #pragma once
 
 #include <cstdint>
@@ -37,9 +40,9 @@
 namespace exl {
 
 constexpr int64_t kTileColumns = 32;
-constexpr int64_t kUnit = 32;       // positions
-constexpr int64_t kLine = 128;      // bytes
-constexpr int64_t kSpanUnits = 4;   // at most
+constexpr int64_t kUnit = 32;        // positions
+constexpr int64_t kLine = 128;       // bytes
+constexpr int64_t kSpanUnits = 4;    // at most
 constexpr int64_t kPanelUnits = 32;  // at most
 
 // Groups count from 0 in the order of positions, and none is left out.

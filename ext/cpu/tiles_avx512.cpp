@@ -3,8 +3,8 @@
 
 namespace exl {
 
-void pack_tiles_avx512(const TileSource& source, uint8_t* to, int64_t begin, int64_t end) {
-  pack_range(source, to, begin, end);
+void pack_tiles_avx512(const TileSource& source, const TileWords& words, uint8_t* to, int64_t begin, int64_t end) {
+  pack_range(source, words, to, begin, end);
 }
 
 }  // namespace exl

@@ -1,5 +1,5 @@
-// The packing of tiles, see tiles.h: codes are taken out of the words for 16 columns, half of a tile, at once. Written in vectors of the
-// compiler, which makes of them what the instruction set of the including file has.
+// The packing of tiles, see tiles.h: codes are taken out of the words for 16 columns, half of a tile, at once. Written in
+// vectors of the compiler, which makes of them what the instruction set of the including file has.
 //
 // Everything has internal linkage, see isa.h.
 #pragma once
@@ -45,29 +45,25 @@ template <>
 constexpr Piece kPieces<8>[] = {{0, 0, 0, 8, 0}, {1, 1, 0, 8, 0}, {2, 2, 0, 8, 0}, {3, 3, 0, 8, 0},
                                 {4, 4, 0, 8, 0}, {5, 5, 0, 8, 0}, {6, 6, 0, 8, 0}, {7, 7, 0, 8, 0}};
 
-constexpr int64_t kColumns = 16;            // of half a tile
+constexpr int64_t kColumns = 16;             // of half a tile
 constexpr int64_t kHalfLine = kColumns * 4;  // bytes
 
-// A row of words, for 16 columns.
+// Rows of words, for the 16 columns of half a tile.
 struct Words {
-  const TileSource& s;
-  int64_t first;  // column
-  int64_t live;   // columns, the others read as zero
+  const int32_t* words;
+  int64_t stride;
+  int64_t live;  // columns
 
-  Words(const TileSource& source, int64_t half) : s(source), first(half * kColumns) {
-    const int64_t left = (s.columns != nullptr ? s.outputs : s.stride) - first;
-    live = left < 0 ? 0 : left < kColumns ? left : kColumns;
-  }
+  Words(const TileWords& all, int64_t half)  // of those that `all` begins with
+      : words(all.words + half * kColumns), stride(all.stride), live(all.columns - half * kColumns) {}
 
   EXL_INLINE Columns row(int64_t row) const {
     Columns out = {};
-    const int32_t* from = s.words + row * s.stride;
-    if (s.columns != nullptr) {
-      for (int64_t n = 0; n < live; ++n) out[n] = uint32_t(from[s.columns[first + n]]);
-    } else if (live == kColumns) {
-      std::memcpy(&out, from + first, sizeof(out));
+    const int32_t* from = words + row * stride;
+    if (live >= kColumns) {
+      std::memcpy(&out, from, sizeof(out));
     } else if (live > 0) {
-      std::memcpy(&out, from + first, size_t(live) * 4);
+      std::memcpy(&out, from, size_t(live) * 4);
     }
     return out;
   }
@@ -123,13 +119,13 @@ EXL_INLINE void put_unit(const Columns* quads, uint8_t* to, std::integer_sequenc
   for (int l = 0; l < bits; ++l) std::memcpy(to + l * kLine, &lines[l], sizeof(lines[l]));
 }
 
-// One unit of tiles [begin, end), at `to` for tile 0 and `tile_bytes` further for every next one.
+// One unit of `tiles` tiles, at `to` for the first and `tile_bytes` further for every next one.
 template <int bits>
-void pack_unit(const TileSource& s, int64_t position, int64_t word_row, int64_t begin, int64_t end, uint8_t* to,
+void pack_unit(const TileSource& s, const TileWords& all, int64_t position, int64_t word_row, int64_t tiles, uint8_t* to,
                int64_t tile_bytes) {
   constexpr int pieces = int(sizeof(kPieces<bits>) / sizeof(Piece));
-  for (int64_t half = 2 * begin; half < 2 * end; ++half) {
-    const Words words(s, half);
+  for (int64_t half = 0; half < 2 * tiles; ++half) {
+    const Words words(all, half);
     Columns quads[8];
     if (s.order != nullptr) {
       quads_by_order<bits>(words, s.order + position, quads);
@@ -143,7 +139,7 @@ void pack_unit(const TileSource& s, int64_t position, int64_t word_row, int64_t 
   }
 }
 
-using PackUnit = void (*)(const TileSource&, int64_t, int64_t, int64_t, int64_t, uint8_t*, int64_t);
+using PackUnit = void (*)(const TileSource&, const TileWords&, int64_t, int64_t, int64_t, uint8_t*, int64_t);
 
 PackUnit unit_packer(int bits) {
   switch (bits) {
@@ -211,7 +207,7 @@ void put_scales(const TileSource& s, int64_t tile, int64_t begin, int64_t end, u
   }
 }
 
-void pack_range(const TileSource& s, uint8_t* to, int64_t begin, int64_t end) {
+void pack_range(const TileSource& s, const TileWords& words, uint8_t* to, int64_t begin, int64_t end) {
   const Packed packed{reinterpret_cast<const PackedHeader*>(to)};
   const Span* spans = packed.spans();
   const int64_t together = scale_groups(s.kind);
@@ -228,7 +224,7 @@ void pack_range(const TileSource& s, uint8_t* to, int64_t begin, int64_t end) {
       }
       const PackUnit pack = unit_packer(span->bits);
       for (int32_t u = 0; u < span->units; ++u) {
-        pack(s, position, word_row, begin, end, place, panel.tile_bytes);
+        pack(s, words, position, word_row, end - begin, place + begin * panel.tile_bytes, panel.tile_bytes);
         position += kUnit;
         word_row += span->bits;
         place += span->bits * kLine;

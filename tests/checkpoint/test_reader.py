@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exl_runtime.checkpoint import Checkpoint
+from exl_runtime.checkpoint import Checkpoint, reader
 from exl_runtime.checkpoint.header import ITEM_BYTES
 from exl_runtime.checkpoint.reader import DTYPES
 from exl_runtime.errors import CheckpointError, OutOfMemory
@@ -116,6 +116,35 @@ def test_one_row_of_a_stack(tmp_path: Path) -> None:
         for name, row in (("a", 5), ("a", -1), ("b", 0)):
             with pytest.raises(CheckpointError, match=f"{name} in model.safetensors: .* no row {row}"):
                 checkpoint.tensor(name, row=row)
+
+
+def test_a_part_of_the_rows_into_memory_that_is_given(tmp_path: Path) -> None:
+    stack = random_bytes(torch.bfloat16, 3, 7, 5)
+    save_file({"stack": stack}, tmp_path / "model.safetensors")
+    room = torch.zeros(1000, dtype=torch.uint8)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for start, stop in ((0, 7), (2, 5), (6, 7), (4, 4)):
+            found = checkpoint.tensor("stack", row=1, part=(start, stop), room=lambda nbytes: room[:nbytes])
+            assert same_bits(found, stack[1, start:stop])
+            assert found.numel() == 0 or found.data_ptr() == room.data_ptr()
+        assert same_bits(checkpoint.tensor("stack", part=(1, 3)), stack[1:3])
+        for wrong in ((-1, 2), (3, 2), (0, 8)):
+            with pytest.raises(CheckpointError, match=f"no part {wrong[0]} to {wrong[1]}"):
+                checkpoint.tensor("stack", row=1, part=wrong)
+
+
+def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "PIECE", 64)
+    tensors = {f"t.{size}": random_bytes(torch.uint8, size) for size in (0, 1, 63, 64, 65, 640, 1001)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for name, tensor in tensors.items():
+            assert same_bits(checkpoint.tensor(name), tensor)
+        with open(tmp_path / "model.safetensors", "r+b") as handle:
+            handle.truncate(1500)
+        with pytest.raises(CheckpointError, match=r"ends inside tensor t\."):
+            for name in tensors:
+                checkpoint.tensor(name)
 
 
 def test_bytes_that_are_no_bool(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ class StoredCpu(PackedCpu):
 
     def __init__(self, packed: Tensor, shape: LinearShape, packing: Packing, input_order: Tensor | None = None) -> None:
         super().__init__(packed)
+        inputs, outputs = packed[16:32].view(torch.int64).tolist()  # of its header, see ext/cpu/tiles.h
+        assert (inputs, outputs) == (shape.in_features, shape.out_features), f"{shape} is stored as {inputs, outputs}"
         self.shape = shape
         self.output_order = packing.outputs
         self.input_order = None if input_order is None else input_order.view(torch.int32)
