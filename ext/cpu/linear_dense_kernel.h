@@ -1,8 +1,8 @@
 // The dense kernels, written once over an instruction set I. Included by linear_dense_<isa>.cpp only; internal linkage,
 // see isa.h.
 //
-// I provides:  Part (lanes.h); tile_rows (at most 6); few_tiles: for so many register tiles of rows it is cheaper to widen
-// the stored weights each time than to make a panel of wide ones.
+// I provides:  Part (lanes.h); tile_rows (at most 6); few_tiles: for so many register tiles of rows it is cheaper to
+// widen the stored weights each time than to make a panel of wide ones.
 #pragma once
 
 #include "lanes.h"

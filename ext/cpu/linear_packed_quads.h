@@ -8,8 +8,8 @@
 namespace exl {
 namespace {
 
-// Where sums may be scaled, odd quads are left where they lie in their line (2 bits: in the line or its upper half moved
-// down): the codes of quad q are then scaled by 2^scale_log(bits, q), so that even and odd quads have own sums.
+// Where sums may be scaled, odd quads are left where they lie in their line (2 bits: in the line or its upper half
+// moved down): the codes of quad q are then scaled by 2^scale_log(bits, q), so even and odd quads have own sums.
 constexpr int scale_log(int bits, int q) {
   return bits <= 4 ? q % 2 * bits : 0;
 }

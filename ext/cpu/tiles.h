@@ -15,10 +15,10 @@
 //   5 bits   quad 0 | 5.012    quad 1 | 5.34 | 7.3    quad 2 | 6.012    quad 3 | 6.34 | 7.4    quad 4 | 7.012
 //   3 bits   quad 0 | quad 1 | 6.01    quad 2 | quad 3 | 7.01    quad 4 | quad 5 | 6.2 | 7.2
 //
-// A panel is as many spans as make at most 32 units: as much input, with its tables of scales, as stays in a first-level
-// cache while the tiles of the panel pass by, one after another in one stream: a tile of twice as many units drives
-// them out and costs up to a third of the speed. A second stream would cost half of the speed of memory; that is
-// why the 32 columns that share a loaded input lie side by side.
+// A panel is as many spans as make at most 32 units: as much input, with its tables of scales, as stays in the cache
+// of first level while the tiles of the panel pass by, one after another in one stream. (With 64 units they do not, and
+// groups of 32 lose a third of the speed.) A second stream would cost half of the speed of memory; that is why the 32
+// columns that share a loaded input lie side by side.
 //
 //   memory   PackedHeader | spans | panels | rows | tables | tiles of panel 0 | tiles of panel 1 | ...
 //   tile     the units of the panel in order; at its begin and before every 8th, 2nd or 4th group the scales of the
