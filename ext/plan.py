@@ -31,7 +31,10 @@ ISA_FLAGS = {  # by the last word of the file name
     "avx512": _AVX512,
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
+    "avxvnni": (*_AVX2, "-mavxvnni"),
 }
+# The first major release of each compiler that has the flag, for those that some systems in use are older than.
+SINCE = {"avxvnni": {"gcc": 11, "clang": 12}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,15 @@ def isa_of(source: Path) -> str | None:
     return last if last in ISA_FLAGS else None
 
 
+def has_isa(compiler: Compiler, isa: str | None) -> bool:
+    """Whether the compiler takes the flags of an instruction set. Unknown versions take no new ones."""
+    if isa not in SINCE:
+        return True
+    version = re.search(r"(\d+)\.\d+\.\d+", compiler.version)
+    kind = "clang" if "clang" in compiler.version.lower() else "gcc"
+    return version is not None and int(version[1]) >= SINCE[isa][kind]
+
+
 def make_plan(root: Path, compiler: Compiler, torch: TorchFiles) -> Plan:
     """Look at every source and header under `root`. Reads files, starts no process."""
     sources, digest = [], hashlib.sha256()
@@ -66,14 +78,17 @@ def make_plan(root: Path, compiler: Compiler, torch: TorchFiles) -> Plan:
             content = file.read_bytes()
             digest.update(f"{relative.as_posix()}\0{len(content)}\0".encode())
             digest.update(content)
-            if file.suffix == ".cpp" and folder in SOURCE_FOLDERS and (is_x86_64() or isa_of(file) is None):
+            wanted = isa_of(file) is None or (is_x86_64() and has_isa(compiler, isa_of(file)))
+            if file.suffix == ".cpp" and folder in SOURCE_FOLDERS and wanted:
                 sources.append(relative)
     return Plan(key=digest.hexdigest()[:20], root=root, sources=tuple(sources), compiler=compiler, torch=torch)
 
 
 def ninja_file(plan: Plan) -> str:
     """The text of build.ninja, to be run in a folder with `binding_unit` as BINDINGS; it leaves LIBRARY there."""
-    flags = [*COMMON_FLAGS, f"-DEXL_X86_ISA={int(is_x86_64())}"]
+    x86 = is_x86_64()
+    flags = [*COMMON_FLAGS, f"-DEXL_X86_ISA={int(x86)}"]
+    flags.append(f"-DEXL_AVXVNNI={int(x86 and has_isa(plan.compiler, 'avxvnni'))}")
     libraries = f"-L{_quote(plan.torch.lib)} {' '.join(TORCH_LIBRARIES)}"
     lines = [
         "ninja_required_version = 1.8",

@@ -2,6 +2,10 @@
 
 #include <atomic>
 
+#if EXL_X86_ISA
+#include <cpuid.h>
+#endif
+
 namespace exl {
 namespace {
 
@@ -43,6 +47,18 @@ bool set_isa(Isa wanted) {
   if (!isa_supported(wanted)) return false;
   active.store(int(wanted), std::memory_order_relaxed);
   return true;
+}
+
+bool use_avxvnni() {
+#if EXL_X86_ISA && EXL_AVXVNNI
+  static const bool supported = [] {  // leaf 7.1, EAX bit 4; not every compiler that has it knows its name
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1u) != 0;
+  }();
+  return supported && isa() != Isa::portable;
+#else
+  return false;
+#endif
 }
 
 bool use_avx512vnni() {

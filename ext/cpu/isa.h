@@ -6,6 +6,7 @@
 //   foo_avx2.cpp        -mavx2 -mfma -mf16c
 //   foo_avx512.cpp      -mavx512{f,bw,vl,dq} and the above
 //   foo_avx512vnni.cpp  -mavx512vnni and the above
+//   foo_avxvnni.cpp     -mavxvnni and those of AVX2; only where EXL_AVXVNNI is 1: GCC from 11, Clang from 12 on
 //
 // The suffixed files are left out on other architectures and with compilers that lack the flags; EXL_X86_ISA is 1
 // exactly where they are part of the build (the build driver defines it). So a choice reads:
@@ -25,6 +26,9 @@
 #ifndef EXL_X86_ISA
 #define EXL_X86_ISA 0
 #endif
+#ifndef EXL_AVXVNNI
+#define EXL_AVXVNNI 0
+#endif
 
 namespace exl {
 
@@ -38,6 +42,9 @@ bool isa_supported(Isa wanted);
 
 // Tests and debugging. False, and no change, if the CPU does not support it.
 bool set_isa(Isa wanted);
+
+// An extension on top of Isa::avx2. False if isa() is portable.
+bool use_avxvnni();
 
 // Extensions on top of Isa::avx512. False whenever isa() is lower than avx512, so that set_isa covers them as well.
 bool use_avx512vnni();

@@ -14,7 +14,7 @@ namespace exl {
 namespace {
 
 constexpr int64_t kPanelTiles = 16;  // 64 columns x kBlock float32 = 128 KB: half of a small second-level cache
-constexpr int64_t kRowBlock = 192;    // rows packed at a time; a multiple of every tile_rows
+constexpr int64_t kRowBlock = 384;   // rows packed at a time; a multiple of every tile_rows
 constexpr int64_t kGrainWeights = 1 << 17;  // weights of one thread below which a region costs more than it saves
 
 const DenseIsa& chosen() {

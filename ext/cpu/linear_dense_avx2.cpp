@@ -7,7 +7,7 @@ namespace {
 
 struct Set {
   using Part = Part256;
-  static constexpr int tile_rows = 3;
+  static constexpr int tile_rows = 3, few_tiles = 4;
 };
 
 constexpr DenseIsa table = dense_isa<Set>();

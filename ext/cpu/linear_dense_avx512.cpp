@@ -7,7 +7,7 @@ namespace {
 
 struct Set {
   using Part = Part512;
-  static constexpr int tile_rows = 6;
+  static constexpr int tile_rows = 6, few_tiles = 16;
 };
 
 constexpr DenseIsa table = dense_isa<Set>();

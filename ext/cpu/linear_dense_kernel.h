@@ -1,7 +1,8 @@
 // The dense kernels, written once over an instruction set I. Included by linear_dense_<isa>.cpp only; internal linkage,
 // see isa.h.
 //
-// I provides:  Part (lanes.h); tile_rows (at most 6).
+// I provides:  Part (lanes.h); tile_rows (at most 6); few_tiles: for so many register tiles of rows it is cheaper to
+// widen the stored weights each time than to make a panel of wide ones.
 #pragma once
 
 #include "lanes.h"
@@ -11,7 +12,6 @@ namespace exl {
 namespace {
 
 constexpr int kColumns = int(kDenseColumns);
-constexpr int kFewTiles = 4;  // a block of four columns stays in the first-level cache for these row tiles
 
 // The columns of a tile of a dense matrix from input k on; past the last one the last is repeated.
 template <class T>
@@ -44,7 +44,7 @@ EXL_INLINE void each_row_tile(int64_t begin, int64_t end, const F& f) {
 template <class I, class T>
 void few_by_tiles(const DenseWeights& w, const DenseInput& x, float* y, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    float total[kFewTiles * I::tile_rows][kColumns];
+    float total[I::few_tiles * I::tile_rows][kColumns];
     for (int64_t block = 0; block * kBlock < w.inputs; ++block) {
       const T* columns[kColumns];
       dense_columns(w, tile, block * kBlock, columns);
@@ -177,7 +177,7 @@ void many(const DenseInput& x, int64_t begin, int64_t end, int64_t block, int64_
 
 template <class I>
 constexpr DenseIsa dense_isa() {
-  return {kFewTiles * I::tile_rows, I::tile_rows, &few<I>, &fill<I>, &many<I>};
+  return {I::few_tiles * I::tile_rows, I::tile_rows, &few<I>, &fill<I>, &many<I>};
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace {
 
 struct Set {
   using Part = Part128;
-  static constexpr int tile_rows = 2;
+  static constexpr int tile_rows = 2, few_tiles = 4;
 };
 
 constexpr DenseIsa table = dense_isa<Set>();

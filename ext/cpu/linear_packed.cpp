@@ -19,6 +19,9 @@ constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
 const PackedIsa& chosen() {
 #if EXL_X86_ISA
   if (use_avx512vnni()) return linear_packed_avx512vnni();
+#if EXL_AVXVNNI
+  if (use_avxvnni()) return linear_packed_avxvnni();
+#endif
   if (isa() != Isa::portable) return linear_packed_avx2();
 #endif
   return linear_packed_portable();
@@ -39,47 +42,11 @@ QuantizedRows layout(const Packed& w, bool residual) {
   return {nullptr, lines(units + w.header->spans * int64_t(sizeof(InputSpan))), units, residual};
 }
 
-// One row of tiles [begin, end): whole tiles are summed where they belong.
-void multiply_row(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, float* y) {
-  const Packed& w = task.product.w;
-  const int64_t whole = w.header->outputs / kTileColumns;
-  for (int64_t panel = 0; panel < w.header->panels; ++panel) {
-    float* to = y + begin * kTileColumns;
-    for (int64_t t = begin; t < end; ++t, to += kTileColumns) {
-      if (t < whole) {
-        if (panel == 0) std::memset(to, 0, kTileColumns * sizeof(float));
-        kernels.multiply(w, panel, t, task.input, 0, 1, to);
-        continue;
-      }
-      alignas(64) float sums[kTileColumns] = {};
-      const size_t live = size_t(w.header->outputs - t * kTileColumns) * sizeof(float);
-      if (panel > 0) std::memcpy(sums, to, live);
-      kernels.multiply(w, panel, t, task.input, 0, 1, sums);
-      std::memcpy(to, sums, live);
-    }
-  }
-}
-
 // Rows [0, rows) of tiles [begin, end) of one product.
 void multiply_tiles(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, int64_t rows, float* y) {
   const Packed& w = task.product.w;
-  const int64_t outputs = w.header->outputs;
-  if (rows == 1) return multiply_row(kernels, task, begin, end, y);
-  const int most = task.input.residual ? kernels.residual_rows : kernels.plain_rows;
-  alignas(64) float sums[16 * kTileColumns];
   for (int64_t panel = 0; panel < w.header->panels; ++panel) {
-    for (int64_t row = 0; row < rows; row += most) {
-      const int here = int(rows - row < most ? rows - row : most);
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t first = t * kTileColumns, left = outputs - first;
-        const size_t live = size_t(left < kTileColumns ? left : kTileColumns) * sizeof(float);
-        float* to = y + row * outputs + first;
-        std::memset(sums, 0, sizeof(float) * kTileColumns * size_t(here > 8 ? 16 : 2 * here));
-        for (int r = 0; r < here && panel > 0; ++r) std::memcpy(sums + r * kTileColumns, to + r * outputs, live);
-        kernels.multiply(w, panel, t, task.input, row, here, sums);
-        for (int r = 0; r < here; ++r) std::memcpy(to + r * outputs, sums + r * kTileColumns, live);
-      }
-    }
+    kernels.multiply(w, panel, begin, end, task.input, rows, y);
   }
 }
 
@@ -90,7 +57,6 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
   const PackedIsa& kernels = chosen();
   const bool residual = rows <= residual_rows;
   const int64_t most_rows = rows < kRowsAtOnce ? rows : kRowsAtOnce;
-  const int64_t padded = (most_rows + 15) / 16 * 16;  // kernels read whole register tiles of rows
 
   Task tasks[kMostTogether];
   int64_t tiles = 0, room = 0, bytes = 0;
@@ -99,7 +65,7 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     tasks[i] = {products[i], layout(w, residual), tiles};
     tiles += w.tiles();
     bytes += w.header->bytes - w.header->tiles_at;
-    room += padded * tasks[i].input.stride;
+    room += most_rows * tasks[i].input.stride;
   }
   if (rows <= 0 || tiles == 0) return;
   uint8_t* place = reinterpret_cast<uint8_t*>(memory.floats(room / int64_t(sizeof(float))));
@@ -111,7 +77,7 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     }
     if (tasks[i].input.data != nullptr) continue;
     tasks[i].input.data = place;
-    place += padded * tasks[i].input.stride;
+    place += most_rows * tasks[i].input.stride;
     fresh[inputs++] = &tasks[i];
   }
 
@@ -129,12 +95,6 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
       }
     };
     parallel_for(here * inputs, quantize);  // a row takes longer than a region of threads that are awake
-    if (here % 16 != 0) {
-      for (int i = 0; i < inputs; ++i) {
-        const QuantizedRows& to = fresh[i]->input;
-        std::memset(to.data + here * to.stride, 0, size_t((16 - here % 16) * to.stride));
-      }
-    }
     const auto multiply = [&](int64_t first, int64_t last) {
       for (int i = 0; i < count; ++i) {
         const Task& task = tasks[i];

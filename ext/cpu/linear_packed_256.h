@@ -19,9 +19,6 @@ struct Wide256 {
   struct F {
     __m256 part[parts];
   };
-  static constexpr int kLanes = 8 * parts;
-  static constexpr bool scaled = false;
-  static constexpr int plain_rows = 4, residual_rows = 2;
 
   template <class Out, class Op>
   static EXL_INLINE Out each(const Op& op) {
@@ -95,10 +92,11 @@ struct Wide256 {
       return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
     });
   }
-  static EXL_INLINE F lookup(const float* table, const uint8_t* nibbles, int half) {
+  static EXL_INLINE F lookup(const float* table, const uint8_t* nibbles, int block) {
     int64_t all;
-    std::memcpy(&all, nibbles, 8);
-    const __m256i shifts = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12), wide = _mm256_set1_epi64x(all >> 16 * half);
+    const int half = block * parts;  // of 16 columns, in halves
+    std::memcpy(&all, nibbles + half / 2 * 8, 8);
+    const __m256i shifts = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12), wide = _mm256_set1_epi64x(all >> half % 2 * 16);
     const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
     return each<F>([&](int i) {
       const __m256i index = _mm256_srlv_epi32(_mm256_srli_epi64(wide, 16 * i), shifts);

@@ -9,17 +9,26 @@ template <int parts>
 struct Avx2 : Wide256<parts> {
   using Base = Wide256<parts>;
   using V = typename Base::V;
-  using One = Avx2<2>;
+  template <int R>
+  using For = Avx2<R == 1 ? 2 : 1>;
+  static constexpr int scaled_sets = 0;
+  static constexpr int plain_rows = 4, residual_rows = 2;
 
   static EXL_INLINE V products(V codes, V inputs) {
     return Base::template each<V>([&](int i) { return _mm256_maddubs_epi16(codes.part[i], inputs.part[i]); });
   }
+  // Keeps the compiler from adding in another order, for which it lacks the registers.
+  static EXL_INLINE __m256i here(__m256i v) {
+    asm("" : "+x"(v));
+    return v;
+  }
   static EXL_INLINE V add16(V a, V b) {
-    return Base::template each<V>([&](int i) { return _mm256_add_epi16(a.part[i], b.part[i]); });
+    return Base::template each<V>([&](int i) { return here(_mm256_add_epi16(a.part[i], b.part[i])); });
   }
   static EXL_INLINE V fold16(V sum, V pairs, int times) {
+    const __m256i factor = _mm256_set1_epi16(int16_t(times));
     return Base::template each<V>([&](int i) {
-      return _mm256_add_epi32(sum.part[i], _mm256_madd_epi16(pairs.part[i], _mm256_set1_epi16(int16_t(times))));
+      return here(_mm256_add_epi32(sum.part[i], _mm256_madd_epi16(pairs.part[i], factor)));
     });
   }
 

@@ -24,14 +24,12 @@ struct QuantizedRows {
 };
 
 struct PackedIsa {
-  int plain_rows;     // the most rows that `multiply` takes at once
-  int residual_rows;
   // One row of x.
   void (*quantize)(const Packed& w, const float* x, bool residual, uint8_t* row, InputSpan* spans);
-  // Adds to sums [row][16] the products of panel `panel`, tile `tile`, with `rows` rows from `row` on. Where `rows` is
-  // not a power of two, the rows up to the next one are computed as well.
-  void (*multiply)(const Packed& w, int64_t panel, int64_t tile, const QuantizedRows& x, int64_t row, int rows,
-                   float* sums);
+  // Rows [0, rows) of panel `panel` times the columns of tiles [begin, end): written to y (rows, outputs) for panel 0,
+  // added to it for the others.
+  void (*multiply)(const Packed& w, int64_t panel, int64_t begin, int64_t end, const QuantizedRows& x, int64_t rows,
+                   float* y);
 };
 
 const PackedIsa& linear_packed_portable();

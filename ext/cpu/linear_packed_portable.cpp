@@ -14,9 +14,9 @@ typedef float EightFloats __attribute__((vector_size(32)));
 struct Portable {
   using V = Eight;
   using F = EightFloats;
-  using One = Portable;
-  static constexpr int kLanes = 8;
-  static constexpr bool scaled = false;
+  template <int>
+  using For = Portable;
+  static constexpr int scaled_sets = 0;
   static constexpr int plain_rows = 1, residual_rows = 1;
 
   static EXL_INLINE V load(const uint8_t* p) {
@@ -63,13 +63,13 @@ struct Portable {
   static EXL_INLINE V times(V a, V b) { return a * b; }
   static EXL_INLINE V bytes(const uint8_t* p) {
     V out;
-    for (int i = 0; i < kLanes; ++i) out[i] = p[i];
+    for (int i = 0; i < 8; ++i) out[i] = p[i];
     return out;
   }
   static EXL_INLINE F to_float(V v) { return __builtin_convertvector(EightSigned(v), F); }
   static EXL_INLINE F all(const float* p) { return F{*p, *p, *p, *p, *p, *p, *p, *p}; }
   static EXL_INLINE F fma(F a, F b, F c) {
-    for (int i = 0; i < kLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+    for (int i = 0; i < 8; ++i) c[i] = std::fma(a[i], b[i], c[i]);
     return c;
   }
   static EXL_INLINE F mul(F a, F b) { return a * b; }
@@ -81,17 +81,17 @@ struct Portable {
   static EXL_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
   static EXL_INLINE F halves(const uint8_t* p) {
     F out;
-    for (int i = 0; i < kLanes; ++i) {
+    for (int i = 0; i < 8; ++i) {
       uint16_t bits;
       std::memcpy(&bits, p + 2 * i, 2);
       out[i] = half_to_float(bits);
     }
     return out;
   }
-  static EXL_INLINE F lookup(const float* table, const uint8_t* nibbles, int half) {
+  static EXL_INLINE F lookup(const float* table, const uint8_t* nibbles, int block) {
     F out;
-    for (int i = 0; i < kLanes; ++i) {
-      const int at = i % 2 * 8 + half * 4 + i / 2;
+    for (int i = 0; i < 8; ++i) {
+      const int at = block / 2 * 16 + i % 2 * 8 + block % 2 * 4 + i / 2;
       out[i] = table[nibbles[at / 2] >> at % 2 * 4 & 15];
     }
     return out;

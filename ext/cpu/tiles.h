@@ -2,9 +2,9 @@
 // loaded. EXL2 and GPTQ of every width and group size look alike here. No torch here.
 //
 // Positions are the order in which a kernel meets the inputs. They come in units of 32; consecutive units with one
-// width and one group form a span of at most 4 units, and the input has one quantization scale per span. A tile is 16
-// columns (outputs). All codes are unsigned; a unit of a tile is `bits` lines of 64 bytes. Byte 4 * n + j of a line
-// belongs to column n of 16 and to j of the 4 positions of a quad; quad q is positions 4q .. 4q + 3. So a 32-bit lane
+// width and one group form a span of at most 4 units, and the input has one quantization scale per span. A tile is 32
+// columns (outputs). All codes are unsigned; a unit of a tile is `bits` lines of 128 bytes. Byte 4 * n + j of a line
+// belongs to column n of 32 and to j of the 4 positions of a quad; quad q is positions 4q .. 4q + 3. So a 32-bit lane
 // of a line, masked, is four codes of one column, beside four 8-bit inputs. Lines, from bit 0 of a byte on, q.i being
 // bit i of the code in quad q:
 //
@@ -15,16 +15,18 @@
 //   5 bits   quad 0 | 5.012    quad 1 | 5.34 | 7.3    quad 2 | 6.012    quad 3 | 6.34 | 7.4    quad 4 | 7.012
 //   3 bits   quad 0 | quad 1 | 6.01    quad 2 | quad 3 | 7.01    quad 4 | quad 5 | 6.2 | 7.2
 //
-// A panel is as many spans as make at most 64 units: as much input as stays in a first-level cache while the tiles of
-// the panel pass by, one after another in one stream. A second stream would cost half of the speed of memory.
+// A panel is as many spans as make at most 32 units: as much input, with its tables of scales, as stays in the cache
+// of first level while the tiles of the panel pass by, one after another in one stream. (With 64 units they do not, and
+// groups of 32 lose a third of the speed.) A second stream would cost half of the speed of memory; that is why the 32
+// columns that share a loaded input lie side by side.
 //
 //   memory   PackedHeader | spans | panels | rows | tables | tiles of panel 0 | tiles of panel 1 | ...
 //   tile     the units of the panel in order; at its begin and before every 8th, 2nd or 4th group the scales of the
 //            groups up to the next such
-//   scales   exl2: 8 groups of 16 nibbles s - 1, the lowest first: columns 0 2 4 ... 14 1 3 5 ... 15; the scale is
-//                  tables[group][s - 1]
-//            symmetric: 2 groups of 16 halves; the zero-point is 2^(bits - 1), as for exl2
-//            zeros: 4 groups of 16 halves, then 4 groups of 16 bytes; the zero-point is zero_base more than the byte
+//   scales   exl2: 8 groups of 2 times 16 nibbles s - 1, lowest first: columns 0 2 4 ... 14 1 3 5 ... 15, then 16 18
+//                  20 ... 30 17 19 21 ... 31; the scale is tables[group][s - 1]
+//            symmetric: 2 groups of 32 halves; the zero-point is 2^(bits - 1), as for exl2
+//            zeros: 4 groups of 32 halves, then 4 groups of 32 bytes; the zero-point is zero_base more than the byte
 //
 // W = (code - zero) * scale, unrounded: the formats round this product to half, which the kernels do not.
 //
@@ -37,11 +39,11 @@
 
 namespace exl {
 
-constexpr int64_t kTileColumns = 16;
-constexpr int64_t kUnit = 32;       // positions
-constexpr int64_t kLine = 64;       // bytes
-constexpr int64_t kSpanUnits = 4;   // at most
-constexpr int64_t kPanelUnits = 64;  // at most
+constexpr int64_t kTileColumns = 32;
+constexpr int64_t kUnit = 32;        // positions
+constexpr int64_t kLine = 128;       // bytes
+constexpr int64_t kSpanUnits = 4;    // at most
+constexpr int64_t kPanelUnits = 32;  // at most
 
 // Groups count from 0 in the order of positions, and none is left out.
 struct Span {
@@ -63,7 +65,7 @@ enum class ScaleKind : int64_t { exl2 = 0, symmetric = 1, zeros = 2 };
 constexpr int32_t scale_groups(ScaleKind kind) {  // whose scales lie together
   return kind == ScaleKind::exl2 ? 8 : kind == ScaleKind::symmetric ? 2 : 4;
 }
-constexpr int32_t scale_bytes(ScaleKind kind) { return kind == ScaleKind::zeros ? 192 : 64; }
+constexpr int32_t scale_bytes(ScaleKind kind) { return kind == ScaleKind::zeros ? 384 : 128; }
 
 struct PackedHeader {
   uint64_t magic;
@@ -75,7 +77,7 @@ struct PackedHeader {
   int64_t bytes;                                              // of everything
 };
 
-constexpr uint64_t kPackedMagic = 0x31656c6974786c65;  // the last byte is the version of the layout
+constexpr uint64_t kPackedMagic = 0x32656c6974786c65;  // the last byte is the version of the layout
 
 // Points into the memory of one matrix.
 struct Packed {

@@ -1,5 +1,5 @@
-// The packing of tiles, see tiles.h: codes are taken out of the words for 16 columns at once. Written in vectors of the
-// compiler, which makes of them what the instruction set of the including file has.
+// The packing of tiles, see tiles.h: codes are taken out of the words for 16 columns, half of a tile, at once. Written in
+// vectors of the compiler, which makes of them what the instruction set of the including file has.
 //
 // Everything has internal linkage, see isa.h.
 #pragma once
@@ -45,21 +45,24 @@ template <>
 constexpr Piece kPieces<8>[] = {{0, 0, 0, 8, 0}, {1, 1, 0, 8, 0}, {2, 2, 0, 8, 0}, {3, 3, 0, 8, 0},
                                 {4, 4, 0, 8, 0}, {5, 5, 0, 8, 0}, {6, 6, 0, 8, 0}, {7, 7, 0, 8, 0}};
 
-// Rows of words, for the 16 columns of a tile.
+constexpr int64_t kColumns = 16;             // of half a tile
+constexpr int64_t kHalfLine = kColumns * 4;  // bytes
+
+// Rows of words, for the 16 columns of half a tile.
 struct Words {
   const int32_t* words;
   int64_t stride;
   int64_t live;  // columns
 
-  Words(const TileWords& all, int64_t tile)  // of those that `all` begins with
-      : words(all.words + tile * kTileColumns), stride(all.stride), live(all.columns - tile * kTileColumns) {}
+  Words(const TileWords& all, int64_t half)  // of those that `all` begins with
+      : words(all.words + half * kColumns), stride(all.stride), live(all.columns - half * kColumns) {}
 
   EXL_INLINE Columns row(int64_t row) const {
     Columns out = {};
     const int32_t* from = words + row * stride;
-    if (live >= kTileColumns) {
+    if (live >= kColumns) {
       std::memcpy(&out, from, sizeof(out));
-    } else {
+    } else if (live > 0) {
       std::memcpy(&out, from, size_t(live) * 4);
     }
     return out;
@@ -113,7 +116,7 @@ template <int bits, int... i>
 EXL_INLINE void put_unit(const Columns* quads, uint8_t* to, std::integer_sequence<int, i...>) {
   Columns lines[bits] = {};
   (put_piece<bits, i>(quads, lines), ...);
-  std::memcpy(to, lines, sizeof(lines));
+  for (int l = 0; l < bits; ++l) std::memcpy(to + l * kLine, &lines[l], sizeof(lines[l]));
 }
 
 // One unit of `tiles` tiles, at `to` for the first and `tile_bytes` further for every next one.
@@ -121,8 +124,8 @@ template <int bits>
 void pack_unit(const TileSource& s, const TileWords& all, int64_t position, int64_t word_row, int64_t tiles, uint8_t* to,
                int64_t tile_bytes) {
   constexpr int pieces = int(sizeof(kPieces<bits>) / sizeof(Piece));
-  for (int64_t t = 0; t < tiles; ++t) {
-    const Words words(all, t);
+  for (int64_t half = 0; half < 2 * tiles; ++half) {
+    const Words words(all, half);
     Columns quads[8];
     if (s.order != nullptr) {
       quads_by_order<bits>(words, s.order + position, quads);
@@ -131,7 +134,8 @@ void pack_unit(const TileSource& s, const TileWords& all, int64_t position, int6
       for (int r = 0; r < bits; ++r) rows[r] = words.row(word_row + r);
       quads_in_order<bits>(rows, quads, std::make_integer_sequence<int, 8>());
     }
-    put_unit<bits>(quads, to + t * tile_bytes, std::make_integer_sequence<int, pieces>());
+    put_unit<bits>(quads, to + half / 2 * tile_bytes + half % 2 * kHalfLine,
+                   std::make_integer_sequence<int, pieces>());
   }
 }
 
@@ -156,7 +160,7 @@ EXL_INLINE uint64_t even_nibbles(uint64_t x) {
   return (x | x >> 16) & 0xffffffffull;
 }
 
-// The 16 nibbles of a group for the columns of a tile, zero for those that do not exist.
+// The nibbles of a group for `live` of 16 columns, zero for those that do not exist.
 EXL_INLINE uint64_t nibbles_of(const TileSource& s, int64_t group, int64_t first, int64_t live) {
   const uint32_t* from = s.scale_words + group * s.scale_stride;
   uint64_t nibbles = 0;
@@ -167,8 +171,9 @@ EXL_INLINE uint64_t nibbles_of(const TileSource& s, int64_t group, int64_t first
     }
     return nibbles;
   }
+  if (live <= 0) return 0;
   nibbles = from[first / 8] | uint64_t(live > 8 ? from[first / 8 + 1] : 0) << 32;
-  return live < kTileColumns ? nibbles & ((1ull << 4 * live) - 1) : nibbles;
+  return live < kColumns ? nibbles & ((1ull << 4 * live) - 1) : nibbles;
 }
 
 // The scales of groups [begin, end), which lie together.
@@ -179,13 +184,16 @@ void put_scales(const TileSource& s, int64_t tile, int64_t begin, int64_t end, u
   for (int64_t g = begin; g < end; ++g) {
     const int64_t i = g - begin;
     if (s.kind == ScaleKind::exl2) {
-      const uint64_t nibbles = nibbles_of(s, g, first, live);
-      const uint64_t sorted = even_nibbles(nibbles) | even_nibbles(nibbles >> 4) << 32;
-      std::memcpy(to + i * 8, &sorted, 8);
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t begins = half * kColumns, more = live - begins;
+        const uint64_t nibbles = nibbles_of(s, g, first + begins, more < kColumns ? more : kColumns);
+        const uint64_t sorted = even_nibbles(nibbles) | even_nibbles(nibbles >> 4) << 32;
+        std::memcpy(to + i * 16 + half * 8, &sorted, 8);
+      }
       continue;
     }
-    uint8_t* const halves = to + i * 32;
-    uint8_t* const bytes = to + 128 + i * 16;
+    uint8_t* const halves = to + i * 64;
+    uint8_t* const bytes = to + 256 + i * 32;
     if (s.columns == nullptr) {
       std::memcpy(halves, s.scales + g * s.outputs + first, size_t(live) * 2);
       if (s.kind == ScaleKind::zeros) std::memcpy(bytes, s.zeros + g * s.outputs + first, size_t(live));

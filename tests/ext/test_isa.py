@@ -46,6 +46,25 @@ def test_files_of_an_instruction_set_define_no_shared_functions(source: Path, tm
     assert weak_code(str(target)) == []
 
 
+@pytest.mark.skipif(not is_x86_64(), reason="needs x86-64")
+def test_avx_vnni_equals_portable(tmp_path: Path) -> None:
+    """On processors without it, in the form of AVX-512VL: the same source but for the name of one intrinsic."""
+    compiler, cpu = find_compiler(None).path, EXT / "cpu"
+    stand_in = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
+    base = [compiler, *COMMON_FLAGS, "-DEXL_X86_ISA=0", f"-I{EXT}"]
+    base[base.index("-O3")] = "-O1"  # quicker
+    kernel, program = tmp_path / "kernel.o", tmp_path / "packed_check"
+    subprocess.run([*base, *stand_in, "-c", str(cpu / "linear_packed_avxvnni.cpp"), "-o", str(kernel)], check=True)
+    sources = ["linear_packed_portable.cpp", "tiles.cpp", "tiles_portable.cpp", "threads.cpp", "isa.cpp"]
+    check = Path(__file__).parent / "packed_check.cpp"
+    parts = [str(check), *(str(cpu / name) for name in sources), str(kernel)]
+    subprocess.run([*base, *parts, "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode == 77:
+        pytest.skip("this processor has AVX-VNNI in neither form")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(not is_x86_64() or shutil.which("nm") is None, reason="needs x86-64 and nm")
 def test_that_check_can_fail(tmp_path: Path) -> None:
     source, target = tmp_path / "bad.cpp", tmp_path / "bad.o"

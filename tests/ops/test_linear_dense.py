@@ -14,7 +14,7 @@ from exl_runtime.ops.linear.exl2_cpu import Exl2Cpu
 from exl_runtime.ops.linear.gptq_cpu import GptqCpu
 
 CPU = torch.device("cpu")
-ROWS = [0, 1, 2, 3, 4, 5, 8, 17, 64, 100]
+ROWS = [0, 1, 2, 3, 4, 5, 8, 13, 17, 64, 96, 97, 100]  # about 96 and 12: the most of the kernels for few rows
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
