@@ -257,6 +257,7 @@ def finish(seconds: float = LONGEST_EXIT) -> bool:
     """Wait for the files being written, which are begun at once; False when the time was not enough."""
     _ending.set()
     end = time.monotonic() + seconds
-    for thread in tuple(_writers):
-        thread.join(max(0.0, end - time.monotonic()))
+    with suppress(KeyboardInterrupt):  # the user does not want to wait
+        for thread in tuple(_writers):
+            thread.join(max(0.0, end - time.monotonic()))
     return not _writers

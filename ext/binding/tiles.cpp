@@ -1,4 +1,4 @@
-// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py; what keeps packed matrices in files.
+// torch.ops.exl.pack_tiles: see ../cpu/tiles.h and exl_runtime/ops/linear/tiles.py. What packed files need beside it.
 #include "../cpu/tiles.h"
 
 #include "../common/bitstream.h"

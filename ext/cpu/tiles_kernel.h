@@ -121,8 +121,8 @@ EXL_INLINE void put_unit(const Columns* quads, uint8_t* to, std::integer_sequenc
 
 // One unit of `tiles` tiles, at `to` for the first and `tile_bytes` further for every next one.
 template <int bits>
-void pack_unit(const TileSource& s, const TileWords& all, int64_t position, int64_t word_row, int64_t tiles, uint8_t* to,
-               int64_t tile_bytes) {
+void pack_unit(const TileSource& s, const TileWords& all, int64_t position, int64_t word_row, int64_t tiles,
+               uint8_t* to, int64_t tile_bytes) {
   constexpr int pieces = int(sizeof(kPieces<bits>) / sizeof(Piece));
   for (int64_t half = 0; half < 2 * tiles; ++half) {
     const Words words(all, half);
