@@ -100,6 +100,9 @@ def test_a_recipe_for_these_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert cuda_build.cuda_recipe_for(settings).key != other
     with pytest.raises(BackendUnavailable, match="EXL_DISABLE_NATIVE"):
         cuda_build.cuda_recipe_for(replace(settings, disabled=True))
+    monkeypatch.setattr("ext.cuda_build.sys.platform", "win32")
+    with pytest.raises(BackendUnavailable, match="Linux only, this is win32"):
+        cuda_build.cuda_recipe_for(settings)
 
 
 def test_machines_without_a_usable_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
