@@ -1,5 +1,6 @@
 """Builds and loads the CUDA kernels' libraries. See build.py for how a build is found, locked and installed."""
 
+import sys
 from dataclasses import replace
 
 from exl_runtime.errors import BackendUnavailable
@@ -22,6 +23,7 @@ def cuda_recipe_for(settings: Settings) -> Recipe:
     """How to build for the cards that torch sees now. Raises BackendUnavailable if this machine cannot."""
     import torch
 
+    _only_on_linux()
     if settings.disabled:
         raise BackendUnavailable("native kernels are switched off by EXL_DISABLE_NATIVE", hint="unset it to use them")
     if torch.version.cuda is None:
@@ -50,6 +52,12 @@ def load_emulated(settings: Settings | None = None, progress: Progress | None = 
     return load(inner, progress, make=_emulated)
 
 
+def _only_on_linux() -> None:
+    if not sys.platform.startswith("linux"):
+        raise BackendUnavailable(f"native kernels are built on Linux only, this is {sys.platform}")
+
+
 def _emulated(settings: Settings) -> Recipe:
+    _only_on_linux()
     compiler = find_compiler(settings.compiler, settings.open_cache() / "compilers.json")
     return emulated_recipe(settings.root, compiler, find_torch())
