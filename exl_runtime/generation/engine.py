@@ -7,6 +7,7 @@ back in `_retire`, the one way out, whether it finished or failed.
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -168,7 +169,8 @@ class Engine:
         if sequence.bans is not None:
             sequence.sampler_states.append(sampler.state())
         if sequence.shadow is not None:
-            row = sequence.shadow.guided(row, sequence.generated, compute=self._runner.last_logits)
+            compute = partial(self._runner.last_logits, mix=sequence.request.lora)
+            row = sequence.shadow.guided(row, sequence.generated, compute=compute)
         if steering is None:
             return sampler.sample(row, sequence.prompt, sequence.generated)
         shaped = steering.shape(row, sequence.tokens, len(sequence.generated))

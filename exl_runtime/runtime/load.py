@@ -14,6 +14,7 @@ from ..config.resolve import resolve
 from ..config.spec import ModelSpec
 from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
 from ..generation.request import SPECULATE, Speculate
+from ..generation.scheduler import PREFILL_TOKENS
 from ..model.loader import load_transformer
 from ..model.placement import (
     auto_context,
@@ -35,6 +36,7 @@ from .spread import check_split, open_spread
 
 DEMO = "demo"
 ACCURACIES = ("exact", "fast")
+MOST_STEP_TOKENS = 8192
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 log = logging.getLogger("exl_runtime")
 
@@ -54,6 +56,7 @@ def load(
     draft: str | Path | None = None,
     speculate: Speculate = "auto",
     packed_cache: bool = True,
+    step_tokens: int = PREFILL_TOKENS,
     progress: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Open a model.
@@ -76,6 +79,8 @@ def load(
     speculate  where guesses come from when a request does not say: "auto" | "ngram" | "draft" | "off"
     packed_cache  on the CPU, keep what quantized models of 64 MB and more are repacked into under the user's cache
               folder (about the model's size; the three used last; README, "The packed cache"), and start from that
+    step_tokens  most tokens of one step: what running replies do not need of it is for prompts. Fewer keep replies that
+              run beside a long prompt more fluent, more read the prompt faster
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
@@ -88,6 +93,8 @@ def load(
         )
     if accuracy not in ACCURACIES:
         raise UsageError(f"accuracy is {accuracy!r}", hint=f"use one of {', '.join(ACCURACIES)}")
+    if isinstance(step_tokens, bool) or not isinstance(step_tokens, int) or not 1 <= step_tokens <= MOST_STEP_TOKENS:
+        raise UsageError(f"step_tokens is {step_tokens!r}", hint=f"give a number of tokens up to {MOST_STEP_TOKENS}")
     check_split(gpu_split, device, backend)
     folder = find(model)
     draft_folder = None if draft is None else find(draft)
@@ -135,7 +142,7 @@ def load(
             accuracy=accuracy,
         )
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
-        return Runtime(**parts, info=info, speculate=speculate)
+        return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
@@ -190,6 +197,7 @@ def load(
         info=info,
         draft=drafting,
         speculate=speculate,
+        step_tokens=step_tokens,
     )
 
 
