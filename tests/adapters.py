@@ -83,3 +83,14 @@ class Driven:
         plan = Plan.of(batch)
         mixes = self._mixes or (self._mix,) * len(plan.kv_lengths)
         return self._adapted.forward_plan(replace(plan, mixes=mixes), kv)
+
+
+def shapes_of(model: Any, wanted: tuple[str, ...] = LINEARS) -> dict[str, tuple[int, int]]:
+    """Module path -> (in, out) of a loaded Transformer's matrices."""
+    shapes = {}
+    for block in model.blocks:
+        for part, linear in zip(LINEARS, block.linears, strict=False):
+            if part in wanted:
+                path = model.spec.names.linear(block.layer.index, part)[0].path
+                shapes[path] = (linear.kernel.shape.in_features, linear.kernel.shape.out_features)
+    return shapes

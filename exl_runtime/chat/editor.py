@@ -89,7 +89,7 @@ class CommandCompleter(Completer):
             for kind in FORMATS:
                 if kind.startswith(rest.lower()):
                     yield Completion(kind, start_position=-len(rest))
-        elif name in ("save", "load", "file", "model", "export"):
+        elif name in ("save", "load", "file", "model", "export", "lora"):
             rest = rest.partition(" ")[2] if name == "export" else rest
             inner = Document(rest, len(rest))
             yield from self._paths.get_completions(inner, complete_event)

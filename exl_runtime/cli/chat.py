@@ -80,9 +80,10 @@ def run(args: argparse.Namespace) -> int:
         from ..chat.editor import make_editor
 
         def open_model(name: str) -> "Runtime":
-            template = args.template if name in (args.model, runtime.info.path) else None
+            same = name in (args.model, runtime.info.path)
+            own = {} if same else {"template": None, "lora": None}  # what belongs to the model of the command line
             return opened.enter_context(
-                open_runtime(argparse.Namespace(**vars(args) | {"model": name, "template": template, "draft": None}))
+                open_runtime(argparse.Namespace(**vars(args) | own | {"model": name, "draft": None}))
             )
 
         repl.greet(session, screen)

@@ -50,7 +50,7 @@ class Pair:
         return self.up(self.down(x.float()).mul_(weights * self.scale))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """A loaded adapter of one model. digest: 16 bytes, the same for the same files; nbytes: memory it holds."""
 
