@@ -259,11 +259,12 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             step_tokens=args.step_tokens,
             progress=progress,
         )
-        try:
-            runtime.set_lora({runtime.load_lora(folder): weight for folder, weight in args.lora or ()})
-        except BaseException:
-            runtime.close()
-            raise
+        if args.lora:
+            try:
+                runtime.set_lora({runtime.load_lora(folder): weight for folder, weight in args.lora})
+            except BaseException:
+                runtime.close()
+                raise
     # What exists by now stays to the end; from here on garbage is collected, among what comes later only.
     gc.freeze()
     gc.enable()

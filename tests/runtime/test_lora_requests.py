@@ -103,8 +103,12 @@ def test_guesses_and_guidance_run_under_the_same_adapters(rt, loaded) -> None:
     copying = "one two three four five six seven eight. " * 4
     plain, guessed = (told(rt, "one", prompt=copying, speculate=mode) for mode in ("off", "ngram"))
     assert plain.ids == guessed.ids
-    options = {"negative_prompt": "Once upon a day", "guidance": 1.5}
-    assert told(rt, "one", **options).ids != told(rt, {}, **options).ids
+    prompt, against = (rt.tokenizer.encode(text, add_bos=None) for text in (PROMPT, "Once upon a day"))
+    reply = told(rt, "one", negative_prompt=against, guidance=1.5).ids
+    for count, token in enumerate(reply):
+        logits = [rt.logits([*ids, *reply[:count]], lora="one")[-1] for ids in (prompt, against)]
+        towards, away = (row.log_softmax(-1) for row in logits)
+        assert int((away + 1.5 * (towards - away)).argmax()) == token
     samples = rt.generate(PROMPT, n=3, max_tokens=5, lora="two", sampling=exl.SamplingParams(seed=3))
     assert [s.reused_tokens > 0 for s in samples[1:]] == [True, True]
 
