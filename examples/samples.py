@@ -1,4 +1,4 @@
-"""Several replies to one prompt: it is computed once, and each reply has a seed of its own, so that it can be had again.
+"""Several replies to one prompt: it is computed once, and each reply has a seed of its own, to be had again.
 
 python examples/samples.py [MODEL_FOLDER]
 """

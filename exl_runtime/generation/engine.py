@@ -70,13 +70,20 @@ class Engine:
 
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
+        begun = self._clock()
         self._speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         self._announce(step, events)
         self._speculator.fill(step.decode)
         if step.prefill or step.decode:
             self.totals.steps += 1
+            guessed = None if step.prefill else self._speculator.kind(step.decode)
+            before = sum(len(sequence.generated) for sequence in step.decode)
             self._execute(step.chunks, events)
+            if guessed is not None:
+                tokens = sum(len(sequence.generated) for sequence in step.decode) - before
+                seconds = self._clock() - begun
+                self._speculator.worth.observe(len(step.decode), guessed=guessed, tokens=tokens, seconds=seconds)
         elif self.scheduler.busy and not step.stuck:
             raise RuntimeError("the scheduler has requests but runs none of them")
 
