@@ -7,6 +7,7 @@ as both models take longer for more of them.
 
 import logging
 from dataclasses import dataclass, field
+from statistics import median
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +20,22 @@ MARGIN = 0.97  # guesses may be so much slower before they pause: they are not g
 
 @dataclass(slots=True)
 class Rate:
-    """Tokens and seconds of some steps."""
+    """Tokens and seconds of some steps. By the median step: a machine busy with other things says nothing."""
 
-    steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
 
     def add(self, tokens: int, seconds: float) -> None:
-        self.steps += 1
         self.tokens += tokens
-        self.seconds += seconds
+        self.seconds.append(seconds)
+
+    @property
+    def steps(self) -> int:
+        return len(self.seconds)
 
     @property
     def per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        return self.tokens / len(self.seconds) / max(median(self.seconds), 1e-9)
 
 
 @dataclass(slots=True)
