@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
-    from ..chat import repl
+    from ..chat import memory, repl
     from ..chat.screen import make_screen
 
     if args.resume and args.load is not None:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         repl.run(
             session,
             screen,
-            make_editor(terminal),
+            make_editor(terminal, lambda: memory.models_beside(session.runtime.info.path)),
             file=None if args.load is None or kept is not None else Path(args.load),
             keep=not args.no_keep,
             open_model=open_model,

@@ -26,6 +26,7 @@ from ..model.placement import (
 )
 from ..model.summary import stored_weights
 from ..ops import native
+from ..ops.attention.choose import describe
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
@@ -176,6 +177,7 @@ def load(
         load_seconds=time.perf_counter() - started,
         is_demo=folder == DEMO_FOLDER,
         accuracy=accuracy,
+        attention=attention_of(kernels, spec, kv),
     )
     drafting = None
     if draft_folder is not None:
@@ -199,6 +201,16 @@ def load(
         speculate=speculate,
         step_tokens=step_tokens,
     )
+
+
+def attention_of(backend: str, spec: ModelSpec, kv: KVStorage) -> str:
+    """What attends over prompts, in a word."""
+    if backend != "cuda":
+        return "native" if backend == "cpu" else backend
+    pages, windows = kv.layer(0)[0], dict.fromkeys(layer.window for layer in spec.layers)
+    options = {"head_dim": spec.head_dim, "pages": pages, "softcap": spec.attention_softcap}
+    names = [describe(pages.device, window=window, **options)["prefill"].name for window in windows]
+    return "+".join(dict.fromkeys(names))
 
 
 def find(model: str | Path) -> Path:

@@ -53,6 +53,7 @@ class RuntimeInfo:
     load_seconds: float
     is_demo: bool
     accuracy: str = "exact"  # or "fast", see `load`
+    attention: str = ""  # what attends over prompts: "native", "reference", or on a card "flash", "sdpa" or "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
