@@ -1,6 +1,7 @@
 // The kernel behind skinny.h: skinny.cu and gemm.cu choose its numbers. Device code only.
 #pragma once
 
+#include "activation.cuh"
 #include "exl_cuda.h"
 #include "ptx.h"
 #include "skinny.h"
@@ -188,13 +189,10 @@ struct Multiply {
 
 __device__ __forceinline__ float activate(Gate gate, float x) {
   switch (gate) {
-    case Gate::silu: return x / (1.0f + expf(-x));  // x / infinity is 0, as it should be
-    case Gate::gelu: return 0.5f * x * erfcf(-0.707106781f * x);
-    case Gate::gelu_tanh: {  // 0.5 (1 + tanh y) is 1 / (1 + e^-2y)
-      const float y = 0.797884561f * fmaf(0.044715f * x * x, x, x);
-      return x / (1.0f + expf(-2.0f * y));
-    }
-    default: return x < 0.0f ? 0.0f : x;  // NaN stays
+    case Gate::silu: return silu(x);
+    case Gate::gelu: return gelu(x);
+    case Gate::gelu_tanh: return gelu_tanh(x);
+    default: return relu(x);
   }
 }
 

@@ -1,5 +1,6 @@
 """Whole tiny models on the CUDA kernels, emulated: against float32, and any way to cut a sequence against the whole."""
 
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,15 @@ from tiny import by_name, write
 
 from exl_runtime.cache.types import FP16
 from exl_runtime.errors import NonFiniteError
+from exl_runtime.formats.gptq import Gptq
+from exl_runtime.model import fused
 from exl_runtime.model.fused import FusedTransformer
+from exl_runtime.model.split_model import free_devices
 from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import activation, cuda_small
+from exl_runtime.ops.attention import cuda as attention
+from exl_runtime.ops.linear.gptq_cuda import GptqCuda
+from exl_runtime.ops.linear.reference import Reference
 
 IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(40)]
 DENSE = ["llama_bias", "qwen3", "gemma2", "phi3", "mixtral"]  # biases and a tied head, head norms, post norms, experts
@@ -76,28 +83,80 @@ def test_single_tokens_and_batches_give_the_same_bits(emulated, root, name, kind
     assert same_bits(guessed[:1], alone[0])
 
 
-def test_products_beyond_half_precision_survive(emulated, root, monkeypatch) -> None:
+@pytest.mark.parametrize("joined", [True, False])
+def test_products_beyond_half_precision_survive(emulated, root, monkeypatch, joined) -> None:
     """Activations of models made for bfloat16 outgrow float16 between the activation and the last matrix."""
     ours, _, wide = models(root, "llama", "exl2")
     seen: list[float] = []
-    plain = cuda_small.gated
+    plain, in_one = cuda_small.gated, fused.gated_together
 
-    def loud(gate, up, name, **more):
+    def louder(y):
         # The same power of two in both models: exact, so that nothing but the range is tested.
-        y = plain(gate, up, name, **more) * 2.0**14
+        y = y * 2.0**14
         seen.append(float(y.abs().max()))
         return y
+
+    def loud(gate, up, name, **more):
+        return louder(plain(gate, up, name, **more))
+
+    def loud_in_one(*args, **more):
+        return louder(in_one(*args, **more)) if joined else None
 
     def loud_reference(gate, up, name):
         return activation.gated(gate, up, name) * 2.0**14
 
     monkeypatch.setattr(cuda_small, "gated", loud)
+    monkeypatch.setattr(fused, "gated_together", loud_in_one)
     for block in wide.blocks:
         monkeypatch.setattr(block.mlp, "_gated", loud_reference)
     ids = IDS[:12]
     got, oracle = run(ours, ids, []), exact(wide, ids)
-    assert max(seen) > 65504
+    assert max(seen) > 65504 and len(seen) == len(ours.blocks)
     assert (got.double() - oracle).abs().max() <= 0.01 * oracle.abs().max()
+
+
+def test_a_step_gates_in_one_launch(emulated, root, monkeypatch) -> None:
+    """Of quantized models without biases in the MLP; more rows, dense matrices and biases take two."""
+    calls: list[int] = []
+    plain = cuda_small.gated
+    monkeypatch.setattr(cuda_small, "gated", lambda gate, *rest, **more: calls.append(1) or plain(gate, *rest, **more))
+    run(models(root, "llama", "exl2")[0], IDS[:32], [])
+    assert not calls
+    run(models(root, "llama", "exl2")[0], IDS[:33], [])
+    run(models(root, "qwen3", "dense")[0], IDS[:3], [])
+    assert calls
+
+
+def test_a_matrix_that_no_kernel_takes_runs_in_plain_torch(emulated, root, monkeypatch, caplog) -> None:
+    folder = folder_of(root, "llama", "gptq")
+    ours, naive, wide = models(root, "llama", "gptq")
+
+    def refuses(cls, w, device):
+        return "made up" if isinstance(w, Gptq) and w.shape.in_features > w.shape.out_features else None
+
+    monkeypatch.setattr(GptqCuda, "refuses", classmethod(refuses))
+    with caplog.at_level("WARNING"):
+        model = open_model(folder, "cuda", torch.float16)
+    assert [record.message.count("made up") for record in caplog.records] == [1]
+    kinds = {type(linear.kernel) for block in model.blocks for linear in block.linears}
+    assert kinds == {GptqCuda, Reference}
+    assert_as_good_as(run(model, IDS, []), run(naive, IDS, []), exact(wide, IDS), factor=3.0)
+    assert "plain torch" in (model.why_not_recorded(new_cache(model, type=FP16)) or "")
+
+
+def test_the_workspace_of_attention_ends_with_the_model_unless_a_recording_holds_it(emulated, root) -> None:
+    model = models(root, "llama", "exl2")[0]
+    kv = new_cache(model, type=FP16)
+    batch = batch_of([([7], 0, [3])])
+    held = model.held_by(batch)
+    before = model.forward(batch, kv)
+    space = weakref.ref(attention.workspace_on(model.device).partial)
+    assert held[0] is attention.workspace_on(model.device)
+    free_devices({model.device})
+    assert space() is not None and attention.workspace_on(model.device) is not held[0]
+    assert same_bits(model.forward(batch, kv), before)
+    del held
+    assert space() is None
 
 
 def test_a_damaged_layer_is_named(emulated, root) -> None:
