@@ -50,9 +50,7 @@ class FusedTransformer(Transformer):
 
     def held_by(self, batch: ForwardBatch) -> tuple[object, ...]:
         """What a pass over `batch` reads and writes that others may let go of: whoever records one has to keep it."""
-        ropes, lengths = self._ropes, batch.rope_lengths
-        angles = (self._inv_freq(rope, rope.effective_length(length)) for rope in ropes for length in {*lengths})
-        return (workspace_on(self.device), *angles)
+        return (workspace_on(self.device), *self._angles.read_by(batch))
 
     def begin(self, batch: ForwardBatch) -> Tensor:
         """The embedded tokens, float32 (T, hidden)."""
@@ -60,7 +58,7 @@ class FusedTransformer(Transformer):
 
     def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         """x, float32 (T, hidden), after all blocks of this model; changed in place."""
-        ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
+        ropes = self._angles.of_all(batch)
         delta: Tensor | None = None  # what the half-layer before still has to add to the stream
         for block in self.blocks:
             pages = kv.layer(block.layer.index)
@@ -87,6 +85,7 @@ class FusedTransformer(Transformer):
             logits.div_(cap).tanh_().mul_(cap)
         return logits
 
+    @torch.inference_mode()
     def _run(self, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         x = self.begin(batch)
         if check:

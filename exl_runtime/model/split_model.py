@@ -43,7 +43,7 @@ class StageTransformer(Transformer):
 
     def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         """See `FusedTransformer.through`."""
-        ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
+        ropes = self._angles.of_all(batch)
         for block in self.blocks:
             x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:

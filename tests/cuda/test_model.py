@@ -13,17 +13,18 @@ from tiny import by_name, write
 
 from exl_runtime.cache.types import FP16
 from exl_runtime.errors import NonFiniteError
-from exl_runtime.formats.gptq import Gptq
 from exl_runtime.model import fused
 from exl_runtime.model.fused import FusedTransformer
 from exl_runtime.model.split_model import free_devices
 from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import activation, cuda_small
 from exl_runtime.ops.attention import cuda as attention
+from exl_runtime.ops.linear import packed_cuda
 from exl_runtime.ops.linear.gptq_cuda import GptqCuda
 from exl_runtime.ops.linear.reference import Reference
 
 IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(40)]
+JOINED = "gptq-in-order"  # gate and up take their inputs in one order, so that they share a launch
 DENSE = ["llama_bias", "qwen3", "gemma2", "phi3", "mixtral"]  # biases and a tied head, head norms, post norms, experts
 
 
@@ -37,8 +38,8 @@ def folder_of(root: Path, name: str, kind: str) -> Path:
     source = write(by_name(name), root)
     if kind != "dense":
         target = root / f"{name}-{kind}"
-        options = {"bits": 4, "group_size": 32, "act_order": True, "symmetric": False, "version": 1}
-        quantize_folder(source, target, kind, **(options if kind == "gptq" else {}))
+        options = {"bits": 4, "group_size": 32, "act_order": kind == "gptq", "symmetric": False, "version": 1}
+        quantize_folder(source, target, kind.split("-")[0], **({} if kind == "exl2" else options))
         return target
     return source
 
@@ -58,7 +59,7 @@ def exact(model: Transformer, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "dense") for name in DENSE), ("llama", "exl2"), ("gemma2", "exl2"), ("llama", "gptq")],
+    [*((name, "dense") for name in DENSE), ("llama", "exl2"), ("gemma2", "exl2"), ("llama", "gptq"), ("llama", JOINED)],
 )
 def test_logits_are_as_good_as_torch_in_half_precision(emulated, root, name, kind) -> None:
     ours, naive, wide = models(root, name, kind)
@@ -86,7 +87,7 @@ def test_single_tokens_and_batches_give_the_same_bits(emulated, root, name, kind
 @pytest.mark.parametrize("joined", [True, False])
 def test_products_beyond_half_precision_survive(emulated, root, monkeypatch, joined) -> None:
     """Activations of models made for bfloat16 outgrow float16 between the activation and the last matrix."""
-    ours, _, wide = models(root, "llama", "exl2")
+    ours, _, wide = models(root, "llama", JOINED)
     seen: list[float] = []
     plain, in_one = cuda_small.gated, fused.gated_together
 
@@ -116,23 +117,29 @@ def test_products_beyond_half_precision_survive(emulated, root, monkeypatch, joi
 
 
 def test_a_step_gates_in_one_launch(emulated, root, monkeypatch) -> None:
-    """Of quantized models without biases in the MLP; more rows, dense matrices and biases take two."""
+    """Of quantized models; more rows and dense matrices take more."""
     calls: list[int] = []
     plain = cuda_small.gated
     monkeypatch.setattr(cuda_small, "gated", lambda gate, *rest, **more: calls.append(1) or plain(gate, *rest, **more))
-    run(models(root, "llama", "exl2")[0], IDS[:32], [])
+    joined = models(root, "llama", JOINED)[0]
+    limit = packed_cuda.MOST_ROWS
+    ids = [IDS[i % len(IDS)] for i in range(limit + 1)]
+    run(joined, ids[:limit], [])
     assert not calls
-    run(models(root, "llama", "exl2")[0], IDS[:33], [])
+    run(joined, ids, [])
+    assert len(calls) == len(joined.blocks)
     run(models(root, "qwen3", "dense")[0], IDS[:3], [])
-    assert calls
+    assert len(calls) > len(joined.blocks)
 
 
 def test_a_matrix_that_no_kernel_takes_runs_in_plain_torch(emulated, root, monkeypatch, caplog) -> None:
     folder = folder_of(root, "llama", "gptq")
     ours, naive, wide = models(root, "llama", "gptq")
 
+    usual = GptqCuda.refuses
+
     def refuses(cls, w, device):
-        return "made up" if isinstance(w, Gptq) and w.shape.in_features > w.shape.out_features else None
+        return "made up" if w.shape.in_features > w.shape.out_features else usual(w, device)
 
     monkeypatch.setattr(GptqCuda, "refuses", classmethod(refuses))
     with caplog.at_level("WARNING"):
