@@ -162,7 +162,7 @@ class _Loader:
         return kernel
 
     def select(self, matrix: QuantFormat, packing: Packing | None = None) -> LinearKernel:
-        """The best kernel for a matrix. One that no CUDA kernel takes runs in plain torch, rather than no model at all."""
+        """The best kernel for a matrix. One that no CUDA kernel takes runs in plain torch."""
         try:
             kernel = select(matrix, self.device, self.backend, packing)
         except BackendUnavailable as err:

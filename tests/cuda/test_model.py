@@ -134,7 +134,7 @@ def test_a_step_gates_in_one_launch(emulated, root, monkeypatch) -> None:
 
 def test_a_matrix_that_no_kernel_takes_runs_in_plain_torch(emulated, root, monkeypatch, caplog) -> None:
     folder = folder_of(root, "llama", "gptq")
-    ours, naive, wide = models(root, "llama", "gptq")
+    _, naive, wide = models(root, "llama", "gptq")
 
     usual = GptqCuda.refuses
 

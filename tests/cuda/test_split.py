@@ -141,7 +141,7 @@ def test_the_workspace_of_the_kernels_is_planned_for(emulated, root, monkeypatch
     widest = max(linear.kernel.matrix.inputs for block in model.blocks for linear in block.linears)
     exact = workspace_cuda.workspace_bytes(widest, space.processors)
     padding = 2 * workspace_cuda.MOST_ROWS * 32 * 8
-    assert exact <= sum(t.nbytes for t in held[:-1 if space.outgrown else None]) + padding
+    assert exact <= sum(t.nbytes for t in held[: -1 if space.outgrown else None]) + padding
 
 
 def test_the_context_is_what_the_tightest_device_holds(root) -> None:
