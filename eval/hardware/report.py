@@ -15,7 +15,8 @@ def markdown(rows: Sequence[Row], card: Card, bench: Mapping[str, Result]) -> st
         f"# {card.name}",
         "",
         f"Compute capability {card.capability[0]}.{card.capability[1]}, {card.memory / 2**30:.0f} GiB, "
-        f"torch {card.torch}, {card.cores} CPU cores. Medians; floors from the bandwidth of copying, measured in the same run.",
+        f"torch {card.torch}, {card.cores} CPU cores. Medians; floors from the bandwidth of copying, measured in the "
+        "same run.",
         "",
         "| what | measured | floor | target | met |",
         "|---|---|---|---|---|",

@@ -21,6 +21,7 @@ from .batch import ForwardBatch
 from .block import Block
 from .linear import Linear, project
 from .mlp import Mlp
+from .placement import memory_of
 from .transformer import Transformer, require_finite
 
 
@@ -87,10 +88,11 @@ class FusedTransformer(Transformer):
 
     @torch.inference_mode()
     def _run(self, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
-        x = self.begin(batch)
-        if check:
-            require_finite(x, "the token embedding")
-        return self.finish(self.through(x, batch, kv, check=check), batch)
+        with memory_of(self.device, f"a pass over {batch.tokens.numel()} tokens"):
+            x = self.begin(batch)
+            if check:
+                require_finite(x, "the token embedding")
+            return self.finish(self.through(x, batch, kv, check=check), batch)
 
     def _attended(
         self,

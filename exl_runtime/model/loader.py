@@ -27,6 +27,7 @@ from .fused import FusedTransformer
 from .linear import Linear
 from .mlp import Mlp
 from .moe import Moe
+from .placement import memory_of
 from .transformer import Transformer
 from .weights import Weights
 
@@ -55,12 +56,13 @@ def load_transformer(
     quantization    the raw `quantization_config` of the folder, or None
     packed          repacked matrices from an earlier load are taken from here, and new ones handed in, on the CPU
     Raises CheckpointError for missing tensors, FormatError for tensors that do not fit, NonFiniteError for NaN or
-    infinity in weights, BackendUnavailable when no kernel takes a matrix.
+    infinity in weights, BackendUnavailable when no kernel takes a matrix, OutOfMemory when a GPU is too small.
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
     if backend != "cpu":
-        return _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry).build(progress)
+        with memory_of(device, "the weights"):
+            return _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry).build(progress)
     workshop = Workshop(checkpoint.total_bytes)
     weights = Weights(checkpoint, spec, quantization, keep=workshop.keep, lend=workshop.lend)
     loader = _Loader(weights, device, backend, dtype, hurry, Packing(take=workshop.keep), packed)

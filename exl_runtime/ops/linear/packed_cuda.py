@@ -107,7 +107,7 @@ class PackedCuda(LinearKernel):
         return self.matrix.nbytes + self._plan.nbytes
 
     def by_library(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x (m, K) -> `dtype` (m, N). Many rows: the format's own weights in half precision, panel by panel, by torch."""
+        """x (m, K) -> (m, N) of `dtype`. For many rows: weights in halves, panel by panel, and torch's product."""
         w, space = self.matrix, self._space
         ops = native.cuda_ops(space.device)
         x, factor = into_half(x)
