@@ -43,6 +43,16 @@ ADDRESS = Sanitizer(
 THREAD = Sanitizer("thread", ("-fsanitize=thread",), (), {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0"})
 
 
+# The feature, as Linux names it, without which a file of an instruction set never runs.
+CPU_FLAGS = {
+    "avx2": "avx2",
+    "avx512": "avx512f",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avxvnni": "avx_vnni",
+}
+
+
 class Unavailable(Exception):
     """Why a sanitizer cannot be used here."""
 
@@ -54,6 +64,7 @@ class Bench:
     plan: Plan  # of the library that programs use: its kernels, compiler and definitions
     sanitizer: Sanitizer
     folder: Path
+    cpu: frozenset[str]  # names of the CPU's features
     prefix: tuple[str, ...] = ()
 
     def build(self, source: Path) -> Path:
@@ -86,9 +97,11 @@ class Bench:
 
     def _flags(self, source: Path) -> list[str]:
         isa = isa_of(source)
-        light = self.sanitizer.light if isa else ()
+        watched = (*self.sanitizer.flags, *(self.sanitizer.light if isa else ()))
+        if isa in CPU_FLAGS and CPU_FLAGS[isa] not in self.cpu:
+            watched = ()  # it is only linked here, never run, and takes long to compile
         here = (f"-I{ROOT}", f"-I{CHECKS}", *re.findall(r"(?<= )-DEXL_\S+", ninja_file(self.plan)))
-        return [*BASE, *self.sanitizer.flags, *light, *ISA_FLAGS.get(isa or "", ()), *here, "-c", str(source)]
+        return [*BASE, *watched, *ISA_FLAGS.get(isa or "", ()), *here, "-c", str(source)]
 
     def _object(self, source: Path) -> Path:
         flags = " ".join(flag for flag in self._flags(source) if not flag.startswith(("-I", "/")))
@@ -127,7 +140,9 @@ def open_bench(sanitizer: Sanitizer) -> Bench:
     source = folder / "probe.cpp"
     source.write_text("int main() { return 0; }\n", encoding="utf-8")
     program = folder / f"probe-{sanitizer.name}-{_digest([plan.compiler.identity.encode()])}"
-    bench = Bench(plan, sanitizer, folder)
+    known = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    cpu = frozenset(known[1].split() if known else ())
+    bench = Bench(plan, sanitizer, folder, cpu)
     try:
         bench._run([*sanitizer.flags, str(source)], program)
     except RuntimeError as err:
@@ -135,7 +150,7 @@ def open_bench(sanitizer: Sanitizer) -> Bench:
         raise Unavailable(f"{plan.compiler.path} has no {sanitizer.name} sanitizer: {said}") from err
     # With many random bits in addresses some thread sanitizers find their own memory taken.
     for prefix in ((), ("setarch", "-R")):
-        bench = Bench(plan, sanitizer, folder, prefix)
+        bench = Bench(plan, sanitizer, folder, cpu, prefix)
         try:
             done = bench.start(program)
         except FileNotFoundError:
