@@ -39,9 +39,12 @@ PARTS: tuple[tuple[type, str, str], ...] = (
     (Scheduler, "commit", "pages"),
     (Engine, "_advance", "stops and events"),
     (Runner, "run", "runner"),
+    (Runner, "draw", "runner"),
     (Runner, "_plan_of", "describing the batch"),
     (Transformer, "forward_plan", "angles and checks"),
+    (Transformer, "draw_plan", "angles and checks"),
     (NativeStep, "run", NATIVE),
+    (NativeStep, "draw", NATIVE),
     (Sampler, "sample", "sampling"),
     (Detokenizer, "push", "detokenizing"),
 )
