@@ -91,6 +91,7 @@ def test_a_draw_that_makes_no_sense_is_refused(root) -> None:
     ids=str,
 )
 def test_replies_do_not_depend_on_who_draws(sampling, speculate, monkeypatch) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]  # answered within 40 tokens
     prompts = ["Once upon a time", "The little fox and the little fox and the"]
     calls = []
     original = Transformer.draw_plan
@@ -99,10 +100,12 @@ def test_replies_do_not_depend_on_who_draws(sampling, speculate, monkeypatch) ->
     def replies() -> list[list[int]]:
         with exl.load("demo", context=256, speculate=speculate) as runtime:
             params = exl.SamplingParams(**sampling)
-            alone = runtime.generate(prompts[0], max_tokens=40, sampling=params)
+            alone = runtime.generate(question, max_tokens=40, sampling=params)
             return [result.ids for result in (alone, *runtime.generate(prompts, max_tokens=40, sampling=params))]
 
     ours = replies()
     assert bool(calls) == ("logprobs" not in sampling)
+    if sampling["temperature"] == 0:
+        assert (len(ours[0]) == 40) == ("ignore_eos" in sampling)
     monkeypatch.setattr(Transformer, "draws", False)
     assert replies() == ours and all(ours)
