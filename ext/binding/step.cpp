@@ -4,6 +4,7 @@
 // It keeps the tensors that it reads. step_bind says where keys and values go; step_run looks only at the batch.
 #include "../cpu/step.h"
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -317,9 +318,14 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   float* logits = program->logits.data();
   step_cpu(m, program->batch, 0, int64_t(m.layers.size()), program->x.data(), logits,
            program->timed ? &program->times : nullptr);
+  const auto started = std::chrono::steady_clock::now();
   std::vector<int64_t> tokens(size_t(rows), -1);
-  if (!all_finite(logits, rows * width)) return tokens;
-  for (int64_t r = 0; r < rows; ++r) tokens[size_t(r)] = draw(logits + r * width, width, hows[size_t(r)]);
+  const bool good = all_finite(logits, rows * width);
+  for (int64_t r = 0; good && r < rows; ++r) tokens[size_t(r)] = draw(logits + r * width, width, hows[size_t(r)]);
+  if (program->timed) {
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - started;
+    program->times.seconds[int(Phase::draw)] += spent.count();
+  }
   return tokens;
 }
 

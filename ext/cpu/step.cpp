@@ -16,7 +16,7 @@
 namespace exl {
 
 const char* const kPhaseNames[] = {"embed", "norm", "project", "rope", "append", "attend", "out", "mlp", "gated",
-                                   "head"};
+                                   "head", "draw"};
 
 namespace {
 
