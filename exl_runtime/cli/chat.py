@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
-    from ..chat import repl
+    from ..chat import memory, repl
     from ..chat.screen import make_screen
 
     if args.resume and args.load is not None:
@@ -80,16 +80,17 @@ def run(args: argparse.Namespace) -> int:
         from ..chat.editor import make_editor
 
         def open_model(name: str) -> "Runtime":
-            template = args.template if name in (args.model, runtime.info.path) else None
+            same = name in (args.model, runtime.info.path)
+            own = {} if same else {"template": None, "lora": None}  # what belongs to the model of the command line
             return opened.enter_context(
-                open_runtime(argparse.Namespace(**vars(args) | {"model": name, "template": template, "draft": None}))
+                open_runtime(argparse.Namespace(**vars(args) | own | {"model": name, "draft": None}))
             )
 
         repl.greet(session, screen)
         repl.run(
             session,
             screen,
-            make_editor(terminal),
+            make_editor(terminal, lambda: memory.models_beside(session.runtime.info.path)),
             file=None if args.load is None or kept is not None else Path(args.load),
             keep=not args.no_keep,
             open_model=open_model,

@@ -62,6 +62,20 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="neither start from what an earlier start packed for the CPU kernels, nor keep it on disk",
     )
+    group.add_argument(
+        "--lora",
+        action="append",
+        metavar="FOLDER[=WEIGHT]",
+        type=lora,
+        help="a LoRA adapter on top of the model, with weight 1 unless said; repeatable",
+    )
+    group.add_argument(
+        "--step-tokens",
+        type=positive,
+        metavar="N",
+        default=512,
+        help="most tokens of one pass: fewer let replies go on more smoothly beside a long prompt (default: 512)",
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
         "--gpu-split",
@@ -242,12 +256,28 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             template=args.template,
             draft=args.draft,
             speculate=args.speculate,
+            step_tokens=args.step_tokens,
             progress=progress,
         )
+        if args.lora:
+            try:
+                runtime.set_lora({runtime.load_lora(folder): weight for folder, weight in args.lora})
+            except BaseException:
+                runtime.close()
+                raise
     # What exists by now stays to the end; from here on garbage is collected, among what comes later only.
     gc.freeze()
     gc.enable()
     return runtime
+
+
+def lora(text: str) -> tuple[str, float]:
+    """`FOLDER[=WEIGHT]` of --lora."""
+    folder, sign, number = text.rpartition("=")
+    try:
+        return (folder, float(number)) if sign and folder else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a folder with = in its name
 
 
 def positive(text: str) -> int:

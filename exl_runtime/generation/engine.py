@@ -7,6 +7,7 @@ back in `_retire`, the one way out, whether it finished or failed.
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -70,13 +71,20 @@ class Engine:
 
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
+        begun = self._clock()
         self._speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         self._announce(step, events)
         self._speculator.fill(step.decode)
         if step.prefill or step.decode:
             self.totals.steps += 1
+            guessed = None if step.prefill else self._speculator.kind(step.decode)
+            before = sum(len(sequence.generated) for sequence in step.decode)
             self._execute(step.chunks, events)
+            if guessed is not None:
+                tokens = sum(len(sequence.generated) for sequence in step.decode) - before
+                seconds = self._clock() - begun
+                self._speculator.worth.observe(len(step.decode), guessed=guessed, tokens=tokens, seconds=seconds)
         elif self.scheduler.busy and not step.stuck:
             raise RuntimeError("the scheduler has requests but runs none of them")
 
@@ -192,7 +200,8 @@ class Engine:
         if sequence.bans is not None:
             sequence.sampler_states.append(sampler.state())
         if sequence.shadow is not None:
-            row = sequence.shadow.guided(row, sequence.generated, compute=self._runner.last_logits)
+            compute = partial(self._runner.last_logits, mix=sequence.request.lora)
+            row = sequence.shadow.guided(row, sequence.generated, compute=compute)
         if steering is None:
             return sampler.sample(row, sequence.prompt, sequence.generated)
         shaped = steering.shape(row, sequence.tokens, len(sequence.generated))

@@ -5,10 +5,12 @@ Knows nothing of text, requests or sampling; keys and values live in pages that 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
@@ -117,6 +119,13 @@ class Transformer:
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
         self._step, self._step_is_known = None, False
+
+    def with_parts(self, blocks: list[Block], head: Linear) -> Self:
+        """The same model with other blocks and another head; all else is shared."""
+        other = copy(self)
+        other.blocks, other.head = blocks, head
+        other.forget_step()
+        return other
 
     def _capped(self, logits: Tensor) -> Tensor:
         if (cap := self.spec.logit_softcap) is not None:

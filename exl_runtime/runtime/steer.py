@@ -5,6 +5,7 @@ from typing import Any, TypedDict
 
 from ..generation.grammar import Grammar
 from ..generation.request import Processor, Speculate
+from .lora import Given
 from .prepare import Prompt
 
 
@@ -21,6 +22,7 @@ class Steer(TypedDict, total=False):
     prompt_logprobs: int
     negative_prompt: "Prompt"
     guidance: float
+    lora: "Given"
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 
 from ...errors import ExlError, UsageError
-from . import branches, choosing, files, machine, prompt, shape, turns
+from . import adapters, branches, choosing, files, machine, prompt, shape, turns
 from .base import Command, Conversation
 from .files import show_loaded
 
@@ -71,6 +71,7 @@ COMMANDS: tuple[Command, ...] = (
     *prompt.COMMANDS,
     *choosing.COMMANDS,
     *shape.COMMANDS,
+    *adapters.COMMANDS,
     *files.COMMANDS,
     *machine.COMMANDS,
     Command("help", "/help [COMMAND]", "this list", "program", _help, ("h", "?")),

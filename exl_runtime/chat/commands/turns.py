@@ -29,7 +29,7 @@ def _say_variant(chat: Conversation) -> None:
 
 
 def _continue(chat: Conversation, rest: str) -> None:
-    chat.reply(chat.session.stream_extend())
+    chat.reply(chat.session.stream_extend(), goes_on=True)
 
 
 def _undo(chat: Conversation, rest: str) -> None:
