@@ -1,6 +1,7 @@
 """The conversation: what is kept, what is taken back, what the runtime is asked for."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from fake_runtime import FakeRuntime, Info
@@ -39,6 +40,9 @@ def test_settings_reach_the_runtime() -> None:
     session.send("a")
     options = runtime.seen[0][1]
     assert options == {"max_tokens": 9, "sampling": SamplingParams(seed=7), "stop": ("x",), "overflow": "window"}
+    session.settings = replace(session.settings, stop_ids=(5,), stop_loop=(8, 3))
+    session.send("b")
+    assert runtime.seen[1][1] == {**options, "stop_ids": (5,), "stop_loop": (8, 3)}
 
 
 @pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"max_tokens": True}, {"stop": ("",)}, {"overflow": "maybe"}])

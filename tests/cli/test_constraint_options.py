@@ -48,6 +48,33 @@ def test_loops_and_healing(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["stop_reason"] == "loop"
 
 
+def test_a_token_that_ends_the_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exl(*ASK, "--json") == 0
+    ids = json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]
+    assert exl(*ASK, "--json", "--stop-id", str(ids[3]), "--stop-id", "5") == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (done["ids"], done["stop_reason"]) == (ids[:4], "stop") and "capital of" in done["text"]
+
+
+def test_led_away_from_another_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    import exl_runtime
+
+    away = ("--negative-prompt", "What is the capital of Norway?")
+    assert exl(*ASK, *away, "--guidance", "3", "-n", "12") == 0
+    said = capsys.readouterr().out.strip()
+    with exl_runtime.load("demo", threads=1) as runtime:
+        messages = [[{"role": "user", "content": text}] for text in (ASK[-1], away[1])]
+        wanted = runtime.generate(
+            messages[0],
+            max_tokens=12,
+            sampling=exl_runtime.SamplingParams(temperature=0),
+            negative_prompt=messages[1],
+            guidance=3,
+        )
+    assert said == wanted.text.strip()
+    assert exl(*ASK, *away, "-n", "3") == 0  # how far need not be said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -55,6 +82,9 @@ def test_loops_and_healing(capsys: pytest.CaptureFixture[str]) -> None:
         (("--regex", "a", "--choice", "b"), "not allowed with"),
         (("--stop-loop", "8"), "'8' is not N,TIMES"),
         (("--stop-loop", "8,1"), "TIMES is at least 2"),
+        (("--stop-id", "x"), "'x' is not a token id"),
+        (("--guidance", "2"), "--guidance needs --negative-prompt"),
+        (("--guidance", "1", "--negative-prompt", "x"), "give a number above 1"),
         (("--speculate", "much"), "invalid choice"),
         (("--speculate", "draft"), "there is no draft model"),
         (("--draft", "absent"), "there is no folder absent"),
