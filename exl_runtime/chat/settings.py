@@ -26,7 +26,8 @@ class ReplySettings:
     """max_tokens: the most tokens of one reply; stop: texts that end it; overflow: "error" | "drop" | "window".
 
     banned_strings: texts that never appear in it; grammar: what it has to look like.
-    stop_ids: tokens that end it; stop_loop: (longest, times), it ends when up to `longest` tokens came so often in a row.
+    stop_ids: tokens that end it; stop_loop: (longest, times), it ends when up to `longest` tokens have come so
+    often in a row.
     """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
