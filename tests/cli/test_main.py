@@ -330,6 +330,30 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert exl("info", str(tmp_path / "absent")) == 2
 
 
+@pytest.mark.parametrize("width", [100, 44, 39, 24, 16])
+def test_info_cuts_no_number(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from exl_runtime.cli import info
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    info.show(summary(weight_bytes=70 << 30))
+    out = capsys.readouterr().out
+    words = out.replace(",\n", " ").split()
+    for number in ("24", "1,000,000", "4.20"):
+        assert any(word.strip(",") == number for word in words), out
+    assert "70.0 GiB" in " ".join(words) and "…" not in out
+    assert max(map(len, out.splitlines())) <= width
+
+
+def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    from exl_runtime.cli.chat import DEMO_MAX_TOKENS, DEMO_TEMPERATURE
+
+    assert exl("chat", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--temperature X default: 0.8, demo {DEMO_TEMPERATURE}" in text and f"demo {DEMO_MAX_TOKENS})" in text
+    assert exl("run", "--help") == 0
+    assert "--temperature X default: 0.8 " in " ".join(capsys.readouterr().out.split())
+
+
 def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from exl_runtime.ops import native
     from ext.doctor import Check
