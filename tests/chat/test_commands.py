@@ -55,6 +55,12 @@ def test_unknown_commands_offer_the_nearest_and_are_not_sent() -> None:
     assert session.turns == ()
 
 
+def test_commands_for_pictures_say_why_there_are_none() -> None:
+    session, screen, _ = talk("/image cat.png")
+    assert "/image: the models that this program runs read text only" in screen.said("error")
+    assert "did you mean" not in screen.said("error") and session.turns == ()
+
+
 def test_a_doubled_slash_is_a_message() -> None:
     session, _, _ = talk("//help me", "/ /")
     assert session.turns[0].content == "/help me"
