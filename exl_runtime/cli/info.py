@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ..model.summary import ModelSummary
 
 HELP = "architecture, format, bits per weight by kind of matrix, memory for a context length"
-KIND = ("kind", "matrices", "weights", "bits", "format")
-UNITS = ("matrices", "weights", "bits", "")
 NOTES_FROM = 36  # columns of the terminal in which the notes on memory have room for a word or two
 USAGE = "MODEL [--context N] [--cache TYPE] [--json]"
 
@@ -75,44 +73,37 @@ def show(summary: "ModelSummary") -> None:
     row(facts, "parameters", f"{summary.parameters:,}")
     row(facts, "context", f"{summary.context_length} tokens")
     row(facts, "files", size(summary.file_bytes))
+    for line in summary.attention:
+        row(facts, "attention", line)
     console.print(facts)
     kinds = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", title_justify="left")
-    for heading in KIND:
-        kinds.add_column(heading, justify="right" if heading in KIND[1:4] else "left", no_wrap=True)
-    rows = [
-        (kind.kind, f"{kind.matrices}", f"{kind.weights:,}", f"{kind.bits_per_weight:.2f}", ", ".join(kind.formats))
-        for kind in summary.kinds
-    ]
-    for cells in rows:
-        row(kinds, *cells)
+    kinds.add_column("kind")
+    for heading in ("matrices", "weights", "bits"):
+        kinds.add_column(heading, justify="right", no_wrap=True)
+    kinds.add_column("format")
+    for kind in summary.kinds:
+        cells = (f"{kind.matrices}", f"{kind.weights:,}", f"{kind.bits_per_weight:.2f}", ", ".join(kind.formats))
+        row(kinds, kind.kind, *cells)
     console.print()
-    if _needs(console, kinds) <= console.width:
-        console.print(kinds)
-    else:  # cut numbers would be wrong numbers
-        for cells in rows:
-            said = [f"{cell} {unit}" if unit else cell for cell, unit in zip(cells[1:], UNITS, strict=True)]
-            console.print(Text(clean_line(f"{cells[0]}: {', '.join(said)}")))
+    _show(console, kinds, console.measure(kinds, options=console.options.update(max_width=1 << 16)).maximum)
     memory = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     memory.add_column(style="bold", no_wrap=True)
     memory.add_column(justify="right", no_wrap=True)
     memory.add_column(style="dim", overflow="fold")
+    row(memory, "weights", size(summary.weight_bytes), "as stored")
+    row(memory, "cache", size(summary.cache_bytes), f"{summary.context} tokens in {summary.cache_dtype}")
+    row(memory, "working", size(summary.working_bytes), "while it computes")
     fits = "fits" if summary.total_bytes <= summary.free_bytes else "does not fit: choose a shorter --context"
-    needs = [
-        ("weights", size(summary.weight_bytes), "as stored"),
-        ("cache", size(summary.cache_bytes), f"{summary.context} tokens in {summary.cache_dtype}"),
-        ("working", size(summary.working_bytes), "while it computes"),
-        ("needed", size(summary.total_bytes), f"{size(summary.free_bytes)} are free now: {fits}"),
-    ]
-    for cells in needs:
-        row(memory, *cells)
+    row(memory, "needed", size(summary.total_bytes), f"{size(summary.free_bytes)} are free now: {fits}")
     console.print()
-    if console.width >= NOTES_FROM:
-        console.print(memory)
-    else:
-        for name, number, note in needs:
-            console.print(Text(clean_line(f"{name}: {number} ({note})")))
+    _show(console, memory, NOTES_FROM)
 
 
-def _needs(console: "Console", table: "Table") -> int:
-    """Columns in which nothing of the table is cut."""
-    return console.measure(table, options=console.options.update(max_width=1 << 16)).maximum
+def _show(console: "Console", table: "Table", width: int) -> None:
+    """The table where there are `width` columns; else its rows as text: cut numbers would be wrong numbers."""
+    if console.width >= width:
+        console.print(table)
+        return
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        said = [f"{column.header} {cell}".strip() for column, cell in zip(table.columns, cells, strict=True)][1:]
+        console.print(f"{cells[0]}: {', '.join(said)}")

@@ -257,13 +257,6 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
     return runtime
 
 
-def token_id(text: str) -> int:
-    """A whole number from 0 up."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{clean_message(text)!r} is not a token id")
-    return int(text)
-
-
 def positive(text: str) -> int:
     """A whole number from 1 up."""
     try:
@@ -273,6 +266,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def token_id(text: str) -> int:
+    """A whole number from 0 up."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{clean_message(text)!r} is not a token id")
+    return int(text)
 
 
 def length_or_auto(text: str) -> int | str:

@@ -75,6 +75,16 @@ def test_led_away_from_another_prompt(capsys: pytest.CaptureFixture[str]) -> Non
     assert exl(*ASK, *away, "-n", "3") == 0  # how far need not be said
 
 
+def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    from exl_runtime.cli.chat import DEMO_MAX_TOKENS, DEMO_TEMPERATURE
+
+    assert exl("chat", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--temperature X default: 0.8, demo {DEMO_TEMPERATURE}" in text and f"demo {DEMO_MAX_TOKENS})" in text
+    assert exl("run", "--help") == 0
+    assert "--temperature X default: 0.8 " in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_runtime import FakeRuntime, Info
@@ -295,14 +296,38 @@ def test_a_reader_that_goes_away_is_no_error(repo: Path) -> None:
         assert process.stderr.read() == ""
 
 
-def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    from exl_runtime.cli.chat import DEMO_MAX_TOKENS, DEMO_TEMPERATURE
+def summary(**changes: object) -> SimpleNamespace:
+    from exl_runtime.model.summary import KindSummary, ModelSummary
 
-    assert exl("chat", "--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"--temperature X default: 0.8, demo {DEMO_TEMPERATURE}" in text and f"demo {DEMO_MAX_TOKENS})" in text
-    assert exl("run", "--help") == 0
-    assert "--temperature X default: 0.8 " in " ".join(capsys.readouterr().out.split())
+    values = {"name": "model\x1b[31m", "path": "a/b", "architecture": "Fake", "format": "exl2", "parameters": 5_770_496}
+    values |= {"bits_per_weight": 4.25, "file_bytes": 4_000_000, "weight_bytes": 3_000_000, "context_length": 1024}
+    values |= {"context": 512, "cache_dtype": "fp32", "cache_bytes": 1 << 20, "working_bytes": 1 << 20}
+    values |= {"total_bytes": 5 << 20, "free_bytes": 1 << 30}
+    kind = KindSummary(kind="attention", matrices=24, weights=1_000_000, bits_per_weight=4.2, formats=("exl2",))
+    return ModelSummary(kinds=(kind,), **(values | changes))
+
+
+def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import exl_runtime.model.summary
+
+    seen = []
+
+    def look(folder: Path, context: int | None, *, cache: str) -> object:
+        seen.append((folder, context, cache))
+        return summary()
+
+    monkeypatch.setattr(exl_runtime.model.summary, "summarize", look)
+    assert exl("info", str(tmp_path), "--context", "512") == 0
+    out = capsys.readouterr().out
+    for word in ("model\\x1b[31m", "Fake", "4.25", "5,770,496", "attention", "4.20", "512 tokens", "fits", "5.0 MiB"):
+        assert word in out
+    assert "\x1b" not in out
+    assert exl("info", str(tmp_path), "--json", "--cache", "k6v4") == 0
+    assert json.loads(capsys.readouterr().out)["kinds"][0]["matrices"] == 24
+    assert seen[0][1:] == (512, "auto") and seen[1][1:] == (None, "k6v4")
+    assert exl("info", str(tmp_path), "--cache", "k6v9") == 2
+    assert "'k6v9' is no cache type: use auto, fp32, fp16, bf16, q8, q6, q4, or kXvY" in capsys.readouterr().err
+    assert exl("info", str(tmp_path / "absent")) == 2
 
 
 def test_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def _load(chat: Conversation, rest: str) -> None:
 def show_loaded(chat: Conversation, path: Path) -> None:
     """What was loaded, and how it ended."""
     turns = chat.session.turns
-    chat.screen.notice(f"loaded {status.messages(len(turns))}, with their system prompt and settings, from {path}")
+    chat.screen.notice(f"loaded {len(turns)} messages, with their system prompt and settings, from {path}")
     if len(branches := chat.session.branches) > 1:
         chat.screen.notice(f"the conversation has {len(branches)} branches (/branches)")
     show_end(chat)
