@@ -9,20 +9,14 @@ from . import status
 from .interrupts import gentle_interrupt
 from .screen import Screen
 from .session import ChatSession
-from .thoughts import splitter_for
 
 
-def show_reply(
-    session: ChatSession, events: Iterator[Event], screen: Screen, *, before: str = "", fold: bool = True
-) -> tuple[Result | None, bool]:
+def show_reply(session: ChatSession, events: Iterator[Event], screen: Screen) -> tuple[Result | None, bool]:
     """Run a reply to its end and say what it took. An ExlError is shown, not raised: the conversation goes on.
 
     The result is None when there is none: it failed, or was stopped before a word. The flag says that Ctrl-C was used.
-    before  the text of the reply that goes on; fold  thoughts become one line when they are over
     """
     reply = screen.reply()
-    if (splitter := splitter_for(session.runtime, before)) is not None:
-        reply.expect_thoughts(splitter, fold=fold)
     result: Result | None = None
     problem: ExlError | None = None
     spoken = False

@@ -6,28 +6,23 @@ a long code block are handed to the scrollback on the way.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.text import Text
 
 from ..console.terminal import clean
-from ..tokenizer.reasoning import Kind, ReasoningSplitter
 from .blocks import BlockSplitter
 from .live import LiveRegion
 from .markdown import render_lines
 
 FRAME_SECONDS = 0.04
-THOUGHT_LINES = 4  # of thoughts, while they come
-RECENT_THOUGHTS = 2000  # characters of them that are looked at for that
 KEPT_CODE_LINES = 4  # complete lines of a long code block that stay live
 
 
 class Reply(Protocol):
     """Where the text of one reply goes."""
 
-    def expect_thoughts(self, splitter: ReasoningSplitter, *, fold: bool) -> None: ...
     def waiting(self, note: str) -> None: ...
     def text(self, piece: str) -> None: ...
     def finish(self) -> None: ...
@@ -41,9 +36,6 @@ class PlainReply:
         self._out = out
         self._filtered = filtered
         self._last = ""
-
-    def expect_thoughts(self, splitter: ReasoningSplitter, *, fold: bool) -> None:
-        """Nothing: a plain stream carries the reply as it is, marks and all."""
 
     def waiting(self, note: str) -> None:
         """Nothing: a plain stream carries the reply only."""
@@ -67,7 +59,7 @@ class PlainReply:
 
 
 class StyledReply:
-    """Markdown, live. Thoughts are dim: their last lines while they come, then one line, or (`fold` False) all."""
+    """Markdown, live."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -78,14 +70,6 @@ class StyledReply:
         self._done: list[str] = []  # finished blocks not on the screen yet
         self._given = 0  # lines of the growing code block that are in the scrollback already
         self._first = True
-        self._reader: ReasoningSplitter | None = None
-        self._fold = True
-        self._thoughts = ""
-        self._answering = False
-
-    def expect_thoughts(self, splitter: ReasoningSplitter, *, fold: bool) -> None:
-        """From now on `splitter` tells what is thought and what is said."""
-        self._reader, self._fold = splitter, fold
 
     def waiting(self, note: str) -> None:
         """A dim line in place of the text that is not there yet."""
@@ -96,7 +80,7 @@ class StyledReply:
 
     def text(self, piece: str) -> None:
         """Add text; redraw if the last frame is old enough."""
-        self._take([("content", piece)] if self._reader is None else self._reader.push(piece))
+        self._done += self._splitter.push(piece)
         now = self._clock()
         if now >= self._next_frame:
             self._next_frame = now + FRAME_SECONDS
@@ -104,8 +88,6 @@ class StyledReply:
 
     def finish(self) -> None:
         """Everything to the scrollback; the cursor ends in column 0 below."""
-        self._take([] if self._reader is None else self._reader.finish())
-        self._answering = True
         self._done += self._splitter.finish()
         self._draw()
 
@@ -113,24 +95,8 @@ class StyledReply:
         """There was no text: take the waiting line away."""
         self._region.frame([], [])
 
-    def _take(self, parts: Iterable[tuple[Kind, str]]) -> None:
-        for kind, text in parts:
-            if kind == "reasoning":
-                self._thoughts += text
-            else:
-                self._answering = True
-                self._done += self._splitter.push(text)
-
     def _draw(self) -> None:
-        if self._thoughts and not self._answering:
-            shown = self._dim(self._thoughts[-RECENT_THOUGHTS:])[-min(THOUGHT_LINES, self._region.height - 1) :]
-            self._region.frame([], [*self._dim("thinking …"), *shown])
-            return
         finished: list[str] = []
-        if self._thoughts:
-            note = f"thought for {len(self._thoughts.split())} words (/think shows them)"
-            finished += self._dim(note if self._fold else self._thoughts)
-            self._thoughts, self._first = "", False
         for block in self._done:
             finished += self._rest(self._render(block))
             self._given, self._first = 0, False
@@ -140,12 +106,6 @@ class StyledReply:
         if len(live) - self._given > self._region.height and self._splitter.fence is not None:
             finished += self._hand_over_code()
         self._region.frame(finished, self._rest(live) if live else [])
-
-    def _dim(self, text: str) -> list[str]:
-        """Lines of mere text, no Markdown."""
-        with self._console.capture() as capture:
-            self._console.print(Text(clean(text)), style="dim", end="", width=self._region.width)
-        return capture.get().rstrip("\n").split("\n")
 
     def _render(self, block: str) -> list[str]:
         return render_lines(block, self._console, self._region.width)

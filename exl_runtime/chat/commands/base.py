@@ -26,7 +26,6 @@ class Conversation:
     draft, draft_takes goes on the next input line, and what becomes of the line that comes back
     attached           files that go along with the next message: (name, text)
     wants_editor       the text to open the user's editor with, outside of the reply's terminal mode
-    fold_thoughts      what a model thought becomes one line when it is over
     open_model         opens a model by its name or folder, for /model; None: there is no other
     """
 
@@ -41,14 +40,13 @@ class Conversation:
     attached: list[tuple[str, str]] = field(default_factory=list)
     wants_editor: str | None = None
     open_model: "Callable[[str], Runtime] | None" = None
-    fold_thoughts: bool = True
     done: bool = False
     last: Result | None = None
     interrupted: bool = False  # the last reply was stopped with Ctrl-C
 
-    def reply(self, events: Iterator[Event], before: str = "") -> bool:
-        """Show a reply with its status line, or what comes behind `before` of it; whether there was one."""
-        result, self.interrupted = show_reply(self.session, events, self.screen, before=before, fold=self.fold_thoughts)
+    def reply(self, events: Iterator[Event]) -> bool:
+        """Show a reply with its status line; whether there was one."""
+        result, self.interrupted = show_reply(self.session, events, self.screen)
         self.last = result or self.last
         return result is not None
 

@@ -2,7 +2,6 @@
 
 from ...errors import UsageError
 from .. import status
-from ..thoughts import thoughts_of
 from .base import Command, Conversation, number_and_text
 
 GROUP = "turns"
@@ -30,22 +29,7 @@ def _say_variant(chat: Conversation) -> None:
 
 
 def _continue(chat: Conversation, rest: str) -> None:
-    turns = chat.session.turns
-    chat.reply(chat.session.stream_extend(), before=turns[-1].content if turns else "")
-
-
-def _think(chat: Conversation, rest: str) -> None:
-    if rest.lower() in ("fold", "show"):
-        chat.fold_thoughts = rest.lower() == "fold"
-        chat.screen.notice("thoughts become one line" if chat.fold_thoughts else "thoughts stay on the screen")
-        return
-    if rest:
-        raise UsageError(f"{rest!r:.60} is neither fold nor show", hint="/think alone shows those of the last reply")
-    said = [turn.content for turn in chat.session.turns if turn.role == "assistant"]
-    thoughts = thoughts_of(chat.session.runtime, said[-1]) if said else ""
-    if not thoughts:
-        raise UsageError("there are no thoughts in the last reply")
-    chat.screen.verbatim(thoughts)
+    chat.reply(chat.session.stream_extend())
 
 
 def _undo(chat: Conversation, rest: str) -> None:
@@ -151,7 +135,6 @@ COMMANDS = (
     Command(
         "edit", "/edit [reply] [N] [TEXT]", "change a message, or a reply (the last, or number N)", GROUP, _edit, ("e",)
     ),
-    Command("think", "/think [fold | show]", "the thoughts of the last reply; or how they come", GROUP, _think),
     Command("undo", "/undo", "go back to before the last message; it stays as a branch", GROUP, _undo),
     Command(
         "delete",
