@@ -1,5 +1,7 @@
 """What `exl info` prints on terminals of any width."""
 
+from types import SimpleNamespace
+
 import pytest
 
 
