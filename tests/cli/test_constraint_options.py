@@ -59,20 +59,19 @@ def test_a_token_that_ends_the_reply(capsys: pytest.CaptureFixture[str]) -> None
 def test_led_away_from_another_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     import exl_runtime
 
-    away = ("--negative-prompt", "What is the capital of Norway?")
-    assert exl(*ASK, *away, "--guidance", "3", "-n", "12") == 0
-    said = capsys.readouterr().out.strip()
+    asked, away = "Tell me a story about a fox.", "Tell me a story about a dog."
+    tell = (*ASK[:-1], asked, "-n", "24")
+    replies = []
+    for options in ((), ("--negative-prompt", away, "--guidance", "3"), ("--negative-prompt", away)):
+        assert exl(*tell, *options) == 0
+        replies.append(capsys.readouterr().out.strip())
     with exl_runtime.load("demo", threads=1) as runtime:
-        messages = [[{"role": "user", "content": text}] for text in (ASK[-1], away[1])]
-        wanted = runtime.generate(
-            messages[0],
-            max_tokens=12,
-            sampling=exl_runtime.SamplingParams(temperature=0),
-            negative_prompt=messages[1],
-            guidance=3,
-        )
-    assert said == wanted.text.strip()
-    assert exl(*ASK, *away, "-n", "3") == 0  # how far need not be said
+        greedy = {"max_tokens": 24, "sampling": exl_runtime.SamplingParams(temperature=0)}
+        messages, other = ([{"role": "user", "content": text}] for text in (asked, away))
+        wanted = [runtime.generate(messages, **greedy)]
+        wanted += [runtime.generate(messages, **greedy, negative_prompt=other, guidance=by) for by in (3, 1.5)]
+    assert replies == [result.text.strip() for result in wanted]
+    assert replies[0] != replies[1]
 
 
 def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
