@@ -16,6 +16,10 @@ KEYS = (
 )
 
 
+# Known from other programs, and resembling nothing here that would help.
+NOT_HERE = dict.fromkeys(("image", "audio", "video"), "the models that this program runs read text only")
+
+
 def handle(chat: Conversation, line: str) -> bool:
     """Carry out `line` if it is a command. False: it is a message. Errors of the user are shown, not raised."""
     if not line.startswith("/") or line.startswith("//"):
@@ -41,6 +45,8 @@ def find(name: str) -> Command:
     for command in COMMANDS:
         if wanted == command.name or wanted in command.aliases:
             return command
+    if wanted in NOT_HERE:
+        raise UsageError(f"there is no command /{name}: {NOT_HERE[wanted]}")
     names = [alias for command in COMMANDS for alias in (command.name, *command.aliases)]
     near = get_close_matches(wanted, names, n=1, cutoff=0.5) or [known for known in names if known.startswith(wanted)]
     way_out = "a message that starts with a slash is written with two: //"
