@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..cache.storage import KVStorage
+from ..cache.tiers import check_host_cache, host_limit
 from ..checkpoint.packed import NOT_KEPT
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
@@ -54,6 +55,7 @@ def load(
     draft: str | Path | None = None,
     speculate: Speculate = "auto",
     packed_cache: bool = True,
+    host_cache: int | str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Open a model.
@@ -76,6 +78,8 @@ def load(
     speculate  where guesses come from when a request does not say: "auto" | "ngram" | "draft" | "off"
     packed_cache  on the CPU, keep what quantized models of 64 MB and more are repacked into under the user's cache
               folder (about the model's size; the three used last; README, "The packed cache"), and start from that
+    host_cache  bytes of host memory for what leaves the cache: an earlier prompt then comes back without being computed.
+              "auto": a quarter of what is free (at most 16 GiB) beside a GPU, 0 on the CPU, whose cache is there already
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
@@ -89,6 +93,7 @@ def load(
     if accuracy not in ACCURACIES:
         raise UsageError(f"accuracy is {accuracy!r}", hint=f"use one of {', '.join(ACCURACIES)}")
     check_split(gpu_split, device, backend)
+    check_host_cache(host_cache)
     folder = find(model)
     draft_folder = None if draft is None else find(draft)
     report = progress or (lambda text: None)
@@ -135,7 +140,8 @@ def load(
             accuracy=accuracy,
         )
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
-        return Runtime(**parts, info=info, speculate=speculate)
+        beside = host_limit(host_cache, spread.kv.device)
+        return Runtime(**parts, info=info, speculate=speculate, host_cache=beside)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
@@ -190,6 +196,7 @@ def load(
         info=info,
         draft=drafting,
         speculate=speculate,
+        host_cache=host_limit(host_cache, where),
     )
 
 

@@ -2,8 +2,11 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,6 +23,7 @@ from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
+from .kv import HeldKV, KVKeeper
 from .prepare import Message, Preparer, Prompt, Rendered, is_batch
 from .steer import Steer, checked
 from .stream import Stream
@@ -70,6 +74,15 @@ class RuntimeStats:
     decode_tokens_per_second: float
     drafted_tokens: int = 0  # guessed ahead
     accepted_tokens: int = 0  # ... of which so many came true
+    reused_from_host: int = 0  # of the reused tokens: from pages in host memory, and
+    reused_from_disk: int = 0  # from snapshots; the others were in the cache itself
+    evictions: int = 0  # pages that gave way to others although they held something reusable
+    host_cache_bytes: int = 0  # pages in host memory take now
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of all prompt tokens that did not have to be computed, 0 to 1."""
+        return self.reused_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Runtime:
@@ -89,14 +102,23 @@ class Runtime:
         info: RuntimeInfo,
         draft: tuple[Transformer, KVStorage] | None = None,
         speculate: Speculate = "auto",
+        host_cache: int = 0,
     ) -> None:
+        """`host_cache`: bytes of host memory for what reused pages held."""
         self.info = info
         self._speculate = speculate
         self.tokenizer = tokenizer
         self.template = template
         self._generator: Generator | None = Generator(
-            model, kv, tokenizer, context=info.context, draft=draft, recorder=recorder_for(model)
+            model,
+            kv,
+            tokenizer,
+            context=info.context,
+            draft=draft,
+            recorder=recorder_for(model),
+            host_bytes=host_cache,
         )
+        self._kv = KVKeeper(Path(info.path), f"{info.backend} {getattr(model, 'dtype', '')} {info.accuracy}")
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )
@@ -203,6 +225,26 @@ class Runtime:
         """Let guesses ahead come from this text too: a document to be quoted, a saved conversation. Costs no pass."""
         self._engine().remember(self.tokenizer.encode(text) if isinstance(text, str) else self._checked(text))
 
+    # --- keys and values as files -----------------------------------------------------------------------------
+
+    @contextmanager
+    def held_kv(self, messages: Sequence[Message]) -> Iterator[HeldKV]:
+        """What the cache holds of a conversation, for a snapshot: its size, and the bytes to write within the block."""
+        ids = self._preparer.render(messages, add_generation_prompt=False).ids
+        with self._kv.holding(self._engine(), ids) as held:
+            yield held
+
+    def open_kv(self, path: str | PathLike[str]) -> int:
+        """Let prompts begin with what the snapshot in `path` holds; returns its tokens. It is read when needed.
+
+        Raises StorageError in one line: damaged, cut short, of another model or another cache type.
+        """
+        return self._kv.open(self._engine(), Path(path))
+
+    def drop_kv(self, path: str | PathLike[str]) -> None:
+        """Read no more from the snapshot in `path`, if it is open. The file stays."""
+        self._kv.drop(self._engine(), Path(path))
+
     # --- conversations ----------------------------------------------------------------------------------------
 
     def chat(self, system: str | None = None) -> "ChatSession":
@@ -250,12 +292,17 @@ class Runtime:
             decode_tokens_per_second=decode,
             drafted_tokens=now.drafted_tokens,
             accepted_tokens=now.accepted_tokens,
+            reused_from_host=now.host_tokens,
+            reused_from_disk=now.disk_tokens,
+            evictions=now.evictions,
+            host_cache_bytes=now.host_bytes,
         )
 
     def close(self) -> None:
         """Free the weights and the cache. Any further call raises UsageError."""
         generator, self._generator = self._generator, None
         if generator is not None:
+            self._kv.close()
             devices = devices_of(generator.model)
             del generator
             free_devices(devices)
