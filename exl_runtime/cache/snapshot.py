@@ -6,9 +6,9 @@ footer   bytes of the index (8), CRC-32 of the index (4), little endian, and END
 index    version, `identity` (see `Identity`), `root` and `tokens` (what the chained hashes are made of), and for each
          page its tokens and the CRC-32 of its image
 
-Images as in `tiers.py`, in the machine's byte order. What cannot be used is refused in one line: a file of another model
-or cache when it is opened, a damaged page when it is read; what is missing is computed anew. Writes no file: `pieces`
-gives the bytes.
+Images as in `tiers.py`, in the machine's byte order. What cannot be used is refused in one line: a file of another
+model or cache when it is opened, a damaged page when it is read; what is missing is computed anew. Writes no file:
+`pieces` gives the bytes.
 """
 
 import json

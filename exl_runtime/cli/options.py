@@ -68,8 +68,8 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         type=bytes_or_auto,
         default="auto",
         metavar="SIZE",
-        help="host memory for what leaves a GPU's cache, as in 8G or 512M; 0: none (default: auto, a quarter of what is "
-        "free beside a GPU)",
+        help="host memory for what leaves a GPU's cache, as in 8G or 512M; 0: none (default: auto, a quarter of what "
+        "is free beside a GPU)",
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(

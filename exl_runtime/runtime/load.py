@@ -78,8 +78,9 @@ def load(
     speculate  where guesses come from when a request does not say: "auto" | "ngram" | "draft" | "off"
     packed_cache  on the CPU, keep what quantized models of 64 MB and more are repacked into under the user's cache
               folder (about the model's size; the three used last; README, "The packed cache"), and start from that
-    host_cache  bytes of host memory for what leaves the cache: an earlier prompt then comes back without being computed.
-              "auto": a quarter of what is free (at most 16 GiB) beside a GPU, 0 on the CPU, whose cache is there already
+    host_cache  bytes of host memory for what leaves the cache: an earlier prompt then comes back without being
+              computed. "auto": a quarter of what is free (at most 16 GiB) beside a GPU, 0 on the CPU, whose cache is
+              in host memory already
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
