@@ -24,7 +24,7 @@ SECOND = 1  # the turn that others are compared with: the first has nothing to r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One turn: its prompt and what of it was computed, in tokens; seconds to the first token, the least of all runs."""
+    """One turn: its prompt and what of it was computed, in tokens; seconds to the first token, least of all runs."""
 
     number: int
     prompt: int
