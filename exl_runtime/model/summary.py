@@ -15,6 +15,7 @@ from ..config.resolve import resolve
 from ..config.spec import MlpSpec, ModelSpec
 from ..errors import OutOfMemory
 from ..formats.detect import MARKERS
+from .attending import attention_lines, pages_like
 from .placement import auto_context, cache_pages, geometry_of, plan, resolve_cache
 
 
@@ -56,6 +57,7 @@ class ModelSummary:
     free_bytes: int
     load_context: int = 0
     load_cache_bytes: int = 0
+    attention: tuple[str, ...] = ()  # on the GPU that is here: who does it, and why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,7 @@ def summarize(
         working_bytes=needed.working_bytes,
         total_bytes=needed.total_bytes,
         free_bytes=free,
+        attention=_attention(spec, cache),
         **_load(spec, context, kind, where, free - weight_bytes),
     )
 
@@ -126,6 +129,13 @@ def _load(spec: ModelSpec, context: int | None, cache: CacheType, device: torch.
         return {}
     nbytes = cache_pages(spec, length, cache=cache, device=device, free=free) * geometry_of(spec, cache).bytes_per_page
     return {"load_context": length, "load_cache_bytes": nbytes} if nbytes <= free else {}
+
+
+def _attention(spec: ModelSpec, cache: str) -> tuple[str, ...]:
+    if not torch.cuda.is_available():
+        return ()
+    card = torch.device("cuda")
+    return attention_lines(spec, pages_like(spec, resolve_cache(cache, card)), card)
 
 
 def stored_weights(checkpoint: Checkpoint, spec: ModelSpec) -> StoredWeights:
