@@ -15,9 +15,10 @@ from .tree import Node
 if TYPE_CHECKING:
     from ..runtime import Runtime
 
-MOST = 200_000  # characters of one conversation
-MOST_KEPT = 200_000  # characters of all the others together,
-CHATS = 16  # of which so many are looked at, the latest first
+MOST = 100_000  # characters of one conversation; takes about 60 ms
+MOST_KEPT = 50_000  # characters of all the others together,
+CHATS = 16  # of which so many are looked at, the latest first,
+LARGEST = 1 << 20  # if their files have no more bytes than this: a start must not wait
 
 
 def recall(runtime: "Runtime", nodes: Iterable[Node], most: int = MOST) -> int:
@@ -42,8 +43,10 @@ def recall_kept(runtime: "Runtime", besides: Path | None = None) -> int:
         if path == besides or left <= 0:
             continue
         try:
+            if path.stat().st_size > LARGEST:
+                continue
             nodes = list(read_session(path)[0].tree.nodes.values())
-        except SessionError:
+        except (SessionError, OSError):
             continue
         size = min(left, sum(len(node.turn.content) for node in nodes))
         found.append((nodes, size))

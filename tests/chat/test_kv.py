@@ -169,6 +169,9 @@ def test_kept_conversations_are_remembered_too(tmp_path: Path, monkeypatch: pyte
     assert recall.recall_kept(runtime, besides=newest) == len("aoldestamiddle")
     assert runtime.remembered == ["a", "oldest", "a", "middle"]
     runtime.remembered.clear()
+    monkeypatch.setattr(recall, "LARGEST", 10)
+    assert recall.recall_kept(runtime) == 0 and not runtime.remembered
+    monkeypatch.setattr(recall, "LARGEST", 1 << 20)
     monkeypatch.setattr(recall, "MOST_KEPT", 9)
     assert recall.recall_kept(runtime, besides=newest) == 9
     assert runtime.remembered == ["st", "a", "middle"]  # the older one gives way
