@@ -131,6 +131,11 @@ def count(number: int) -> str:
     raise AssertionError("unreachable")
 
 
+def messages(number: int) -> str:
+    """`1 message`, `2 messages`."""
+    return f"{number} message" + ("" if number == 1 else "s")
+
+
 def size(number: float) -> str:
     """Bytes in binary units: 3.2 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

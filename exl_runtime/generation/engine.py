@@ -16,9 +16,10 @@ from ..cache.storage import KVStorage
 from ..cache.window import Cut
 from ..errors import CacheFull, UsageError
 from ..sampling.draw import Draw, with_logprobs
+from ..sampling.sampler import Sampler
 from .decoding import Decoder
 from .request import RequestState, StopReason, TokenLogprob
-from .runner import Runner
+from .runner import How, Runner
 from .scheduler import Chunk, Scheduler, Step
 from .sequence import Sequence
 from .speculation import Speculator
@@ -119,7 +120,10 @@ class Engine:
         if drawn is not None:
             self._take(ready, drawn, events)
             return
-        outcomes = self._runner.run(ready) if ready else []
+        hows = self._hows(ready)
+        outcomes = None if hows is None else self._runner.draw(ready, hows)
+        if outcomes is None:
+            outcomes = self._runner.run(ready) if ready else []
         self._speculator.follow(ready)
         for chunk, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -129,6 +133,24 @@ class Engine:
                 self._settle(chunk, outcome, events)
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
+
+    def _hows(self, chunks: Many[Chunk]) -> list[How] | None:
+        """How all tokens of a pass may be drawn without looking at logits; None if one of them cannot."""
+        if not chunks or not self._runner.draws:
+            return None
+        hows: list[How] = []
+        for chunk in chunks:
+            sequence, sampler = chunk.sequence, chunk.sequence.sampler
+            if sequence.steering is not None or sequence.shadow is not None or sequence.bans is not None:
+                return None
+            if type(sampler) is not Sampler or sequence.scores_prompt:
+                return None
+            index = len(sequence.generated)
+            for place in range(index, index + chunk.rows):
+                if (how := sampler.by_kernel(place)) is None:
+                    return None
+                hows.append(how)
+        return hows
 
     def _take(self, chunks: Many[Chunk], tokens: Many[int], events: list[Event]) -> None:
         """The device drew the tokens itself."""
@@ -145,10 +167,10 @@ class Engine:
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
 
-    def _settle(self, chunk: Chunk, rows: Tensor | None, events: list[Event]) -> None:
+    def _settle(self, chunk: Chunk, rows: Tensor | list[int] | None, events: list[Event]) -> None:
         """A chunk is computed: draw behind it, and behind each of its guesses while the draw before is that guess."""
         sequence, base = chunk.sequence, chunk.stop
-        if sequence.scores_prompt and rows is not None:
+        if sequence.scores_prompt and isinstance(rows, Tensor):
             _score(chunk, rows)
         last = chunk.wants_logits  # before tokens are added
         self.scheduler.commit(chunk)
@@ -156,8 +178,10 @@ class Engine:
             return
         assert rows is not None
         accepted, sequence.drafted_tokens = 0, sequence.drafted_tokens + len(chunk.draft)
-        for place, guess in enumerate((*chunk.draft, None), rows.shape[0] - 1 - len(chunk.draft)):
-            draw = self._draw(sequence, rows[place])  # walking over a tensor would make all rows, and slowly
+        drawn = isinstance(rows, list)
+        for place, guess in enumerate((*chunk.draft, None), len(rows) - 1 - len(chunk.draft)):
+            row = rows[place]  # walking over a tensor would make all rows, and slowly
+            draw = Draw(row) if drawn else self._draw(sequence, row)
             right = draw.id == guess
             accepted += right
             sequence.accepted_tokens += right

@@ -18,13 +18,16 @@ from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
 from ..model.batch import ForwardBatch, Plan
 from ..model.lora import Adapted, Mix
+from ..model.step import WHOLE
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
 log = logging.getLogger(__name__)
 
 Visit: TypeAlias = Callable[[int, Tensor], None]
-Outcome: TypeAlias = Tensor | Exception | None  # float32 (chunk.rows, vocab) on the CPU; None: no rows were wanted
+# float32 (chunk.rows, vocab) on the CPU, or the tokens drawn behind these rows; None: no rows were wanted.
+Outcome: TypeAlias = Tensor | list[int] | Exception | None
+How: TypeAlias = tuple[float, float, float, Many[int]]  # a draw: temperature (0: the best), min_p, u, banned ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,35 @@ class Runner:
                 outcomes.append(_non_finite(chunk, logits[bad[0]], chunk.end - (rows.stop - bad[0]) + 1))
             else:
                 outcomes.append(logits[rows.start : rows.stop] if len(rows) else None)
+        return outcomes
+
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` has a chance."""
+        return getattr(self.model, "draws", False)
+
+    def draw(self, chunks: Many[Chunk], hows: Many[How]) -> list[Outcome] | None:
+        """`run` where the model itself draws the tokens behind all rows, one for each of `hows`.
+
+        None: it cannot, or something is wrong with a row. Then `run` has to repeat the pass, and will say what.
+        """
+        plan = self._plan_of(chunks)
+        if len(plan.tokens) > WHOLE or any(plan.mixes):  # adapters are no part of the native pass
+            return None
+        model: Any = self.model
+        draws = [number for how in hows for number in how[:3]]
+        banned = [number for how in hows for number in (len(how[3]), *how[3])]
+        try:
+            tokens = model.draw_plan(plan, self.kv, draws, banned)
+        except Exception as err:
+            log.warning("a pass that draws its tokens failed (%s); running it once more", err)
+            return None
+        if tokens is None or len(chunks) == 1:
+            return None if tokens is None else [tokens or None]
+        outcomes: list[Outcome] = []
+        for chunk in chunks:
+            outcomes.append(tokens[: chunk.rows] or None)
+            del tokens[: chunk.rows]
         return outcomes
 
     def each_logits(

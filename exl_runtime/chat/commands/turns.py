@@ -129,7 +129,7 @@ COMMANDS = (
         "make the reply to the last message, or to number N, again",
         GROUP,
         _regen,
-        ("regenerate", "r"),
+        ("regenerate", "retry", "r"),
     ),
     Command("continue", "/continue", "let the model go on with its last reply", GROUP, _continue, ("cont",)),
     Command(
