@@ -29,6 +29,7 @@ QUEUE = (
     "tests/cuda/test_sanitizers.py",
     "tests/cuda/test_planted.py",
     "tests/cuda/test_compile.py",
+    "tests/cuda/test_build.py",
 )
 WORTH_IT = 500  # other tests, behind which builds can hide
 NICENESS = 10
