@@ -2,8 +2,11 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +16,7 @@ from ..cache.storage import KVStorage
 from ..errors import UsageError
 from ..generation.generator import Generator
 from ..generation.request import OVERFLOWS, Request, Result, Speculate
+from ..generation.scheduler import PREFILL_TOKENS
 from ..generation.stream import Event
 from ..model.graph_cuda import recorder_for
 from ..model.split_model import SplitCache, SplitTransformer, devices_of, free_devices
@@ -20,7 +24,11 @@ from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
+from .info import RuntimeInfo, RuntimeStats
+from .kv import HeldKV, KVKeeper
+from .lora import Given, LoraInfo, Loras
 from .prepare import Message, Preparer, Prompt, Rendered, is_batch
+from .samples import expanded
 from .steer import Steer, checked
 from .stream import Stream
 
@@ -29,47 +37,6 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256  # of a reply when the caller names no limit
 _END = object()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeInfo:
-    """What was opened and how. Sizes in bytes, context in tokens, times in seconds."""
-
-    name: str
-    path: str
-    architecture: str
-    format: str  # "exl2", "gptq", "dense", or several joined by "+"
-    bits_per_weight: float  # of the decoder layers
-    context: int
-    cache: str  # type of keys and values: "fp16", "q8", "k6v4" ...
-    backend: str  # "cpu", "cuda" or "reference"
-    device: str
-    weight_bytes: int
-    cache_bytes: int
-    load_seconds: float
-    is_demo: bool
-    accuracy: str = "exact"  # or "fast", see `load`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeStats:
-    """Counters since the model was opened. Rates are of the time the requests themselves report."""
-
-    requests: int
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    waiting: int
-    running: int
-    pages_total: int
-    pages_held: int
-    pages_idle: int
-    weight_bytes: int
-    cache_bytes: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    drafted_tokens: int = 0  # guessed ahead
-    accepted_tokens: int = 0  # ... of which so many came true
 
 
 class Runtime:
@@ -89,14 +56,26 @@ class Runtime:
         info: RuntimeInfo,
         draft: tuple[Transformer, KVStorage] | None = None,
         speculate: Speculate = "auto",
+        step_tokens: int = PREFILL_TOKENS,
+        host_cache: int = 0,
     ) -> None:
+        """`host_cache`: bytes of host memory for what reused pages held."""
         self.info = info
         self._speculate = speculate
         self.tokenizer = tokenizer
         self.template = template
         self._generator: Generator | None = Generator(
-            model, kv, tokenizer, context=info.context, draft=draft, recorder=recorder_for(model)
+            model,
+            kv,
+            tokenizer,
+            context=info.context,
+            prefill_tokens=step_tokens,
+            draft=draft,
+            recorder=recorder_for(model),
+            host_bytes=host_cache,
         )
+        self._loras = Loras(model)
+        self._kv = KVKeeper(Path(info.path), f"{info.backend} {getattr(model, 'dtype', '')} {info.accuracy}")
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )
@@ -116,6 +95,7 @@ class Runtime:
         overflow: str = "error",
         deadline: float | None = None,
         logprobs: int = 0,
+        n: int | None = None,
         **steer: Unpack[Steer],
     ) -> Any:
         """Run to the end: a Result for one prompt, a list of Results for a list of prompts.
@@ -127,9 +107,11 @@ class Runtime:
                     "drop" (oldest turns or tokens leave before the start), "window" (and again whenever it is full)
         deadline    seconds, queueing included; then the reply ends with stop_reason "deadline"
         logprobs    report the log-probability of every token and of the n best alternatives
+        n           so many replies to each prompt, which is computed once: in place of each Result a list of n Results,
+                    the i-th as if asked for alone with seed + i
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
         banned_strings, prefix, heal, stop_loop, processors (functions of ids and logits), prompt_logprobs,
-        negative_prompt (as `prompt`) with guidance (a number above 1).
+        negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """
@@ -145,9 +127,11 @@ class Runtime:
             self._request(one, max_tokens, params, stop, overflow, deadline, logprobs, steer)
             for one, params in zip(prompts, chosen, strict=True)
         ]
-        results = self._engine().run(requests)
+        results: list[Any] = self._engine().run(requests if n is None else expanded(requests, n))
         for result in results:
             self._count(result)
+        if n is not None:
+            results = [results[start : start + n] for start in range(0, len(results), n)]
         return results if many else results[0]
 
     def stream(
@@ -183,25 +167,72 @@ class Runtime:
             stream.cancel()
             await asyncio.to_thread(stream.close)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def logits(self, ids: Sequence[int], *, lora: Given = None) -> Tensor:
         """float32 (tokens, vocab) on the CPU: after every token, the scores of the next one. Reads no cached prefix.
 
         Raises PromptTooLong when `ids` do not fit the context, UsageError for ids the model does not have.
         """
-        return self._engine().logits(self._checked(ids))
+        return self._engine().logits(self._checked(ids), mix=self._loras.mix(lora))
 
-    def each_logits(self, ids: Sequence[int], visit: Callable[[int, Tensor], None], *, first: int = 0) -> None:
+    def each_logits(
+        self, ids: Sequence[int], visit: Callable[[int, Tensor], None], *, first: int = 0, lora: Given = None
+    ) -> None:
         """What `logits` gives, in parts and in order: `visit(position, rows)`.
 
         rows    float32 (n, vocab) on the CPU, after the tokens position ... position + n - 1; valid during the call
         first   position of the first row wanted; those before it cost no pass through the head
         `visit` must not call this runtime. Raises as `logits`, and whatever `visit` raises.
         """
-        self._engine().each_logits(self._checked(ids), visit, first=first)
+        self._engine().each_logits(self._checked(ids), visit, first=first, mix=self._loras.mix(lora))
 
     def remember(self, text: str | Sequence[int]) -> None:
         """Let guesses ahead come from this text too: a document to be quoted, a saved conversation. Costs no pass."""
         self._engine().remember(self.tokenizer.encode(text) if isinstance(text, str) else self._checked(text))
+
+    # --- adapters ---------------------------------------------------------------------------------------------
+
+    def load_lora(self, path: str | Path, name: str | None = None) -> str:
+        """Load a LoRA adapter (a folder as peft writes it) beside the model, and return its name: that of the folder
+        unless given. It changes nothing until a request asks for it (`lora={"name": weight}`) or `set_lora` does.
+
+        Raises AdapterError, ConfigError or CheckpointError for an adapter that is damaged, of another model, or of a
+        kind that is not supported (DoRA, embeddings, experts ...), UsageError for a name in use.
+        """
+        self._engine()
+        return self._loras.load(path, name)
+
+    def unload_lora(self, name: str) -> None:
+        """Free an adapter. Requests that run with it go on."""
+        self._loras.unload(name)
+
+    def set_lora(self, lora: Given) -> None:
+        """The adapters of requests that do not say: {"name": weight, ...}, a name, several names; None: none."""
+        self._loras.set(lora)
+
+    @property
+    def loras(self) -> tuple[LoraInfo, ...]:
+        """The adapters that are loaded."""
+        return self._loras.infos
+
+    # --- keys and values as files -----------------------------------------------------------------------------
+
+    @contextmanager
+    def held_kv(self, messages: Sequence[Message]) -> Iterator[HeldKV]:
+        """What the cache holds of a conversation, for a snapshot: its size, and the bytes to write within the block."""
+        ids = self._preparer.render(messages, add_generation_prompt=False).ids
+        with self._kv.holding(self._engine(), ids) as held:
+            yield held
+
+    def open_kv(self, path: str | PathLike[str]) -> int:
+        """Let prompts begin with what the snapshot in `path` holds; returns its tokens. It is read when needed.
+
+        Raises StorageError in one line: damaged, cut short, of another model or another cache type.
+        """
+        return self._kv.open(self._engine(), Path(path))
+
+    def drop_kv(self, path: str | PathLike[str]) -> None:
+        """Read no more from the snapshot in `path`, if it is open. The file stays."""
+        self._kv.drop(self._engine(), Path(path))
 
     # --- conversations ----------------------------------------------------------------------------------------
 
@@ -250,12 +281,18 @@ class Runtime:
             decode_tokens_per_second=decode,
             drafted_tokens=now.drafted_tokens,
             accepted_tokens=now.accepted_tokens,
+            reused_from_host=now.host_tokens,
+            reused_from_disk=now.disk_tokens,
+            evictions=now.evictions,
+            host_cache_bytes=now.host_bytes,
         )
 
     def close(self) -> None:
         """Free the weights and the cache. Any further call raises UsageError."""
         generator, self._generator = self._generator, None
+        self._loras.clear()
         if generator is not None:
+            self._kv.close()
             devices = devices_of(generator.model)
             del generator
             free_devices(devices)
@@ -307,6 +344,7 @@ class Runtime:
     def _steered(self, steer: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of a Request."""
         fields = checked(steer)
+        fields["lora"] = self._loras.mix(fields.get("lora"))
         if "negative_prompt" in fields:
             negative = fields["negative_prompt"]
             prepare = self._preparer.prepare

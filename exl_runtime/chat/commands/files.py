@@ -12,6 +12,7 @@ from ..export import FORMATS, export
 from ..session import ChatSession
 from .base import Command, Conversation
 from .branches import show_end
+from .kv import loaded
 
 GROUP = "files"
 HITS = 20  # that /search shows
@@ -23,7 +24,7 @@ def _save(chat: Conversation, rest: str) -> None:
     path = _path(chat, rest)
     chat.session.save(path)
     chat.file, chat.left_file = path, False
-    chat.screen.notice(f"saved {len(chat.session.turns)} messages to {path}")
+    chat.screen.notice(f"saved {status.messages(len(chat.session.turns))} to {path}")
 
 
 def _load(chat: Conversation, rest: str) -> None:
@@ -45,6 +46,10 @@ def show_loaded(chat: Conversation, path: Path) -> None:
     """What was loaded, and how it ended."""
     turns = chat.session.turns
     chat.screen.notice(f"loaded {len(turns)} messages, with their system prompt and settings, from {path}")
+    if problem := chat.session.kv.told():
+        chat.screen.warning(problem.problem)
+    elif chat.session.kv.loaded:
+        chat.screen.notice(loaded(chat.session.kv.loaded))
     if len(branches := chat.session.branches) > 1:
         chat.screen.notice(f"the conversation has {len(branches)} branches (/branches)")
     show_end(chat)
@@ -81,7 +86,7 @@ def rows_of(chat: store.Stored) -> tuple[str, str, str]:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(chat.changed))
     if chat.problem:
         return str(chat.number), status.excerpt(chat.problem, 60), when
-    about = f"{when}, {chat.messages} messages, {clean_line(chat.model, 30)}"
+    about = f"{when}, {status.messages(chat.messages)}, {clean_line(chat.model, 30)}"
     return str(chat.number), status.excerpt(chat.title, 44) or "(nothing said)", about
 
 
@@ -115,7 +120,7 @@ def _export(chat: Conversation, rest: str) -> None:
         settings=session.settings.to_json(),
     )
     history.write_private(path, text.encode("utf-8", "replace"))
-    chat.screen.notice(f"wrote {len(session.turns)} messages to {path}")
+    chat.screen.notice(f"wrote {status.messages(len(session.turns))} to {path}")
 
 
 def _new_name(kind: str) -> Path:

@@ -14,7 +14,7 @@ GROUP = "machine"
 def _model(chat: Conversation, rest: str) -> None:
     session = chat.session
     if not rest:
-        chat.screen.show(status.start_line(session.runtime.info))
+        chat.screen.show(status.start_line(session.runtime.info, memory.free(session.runtime.info.device)))
         return
     if chat.open_model is None:
         raise UsageError("this program has one model only")
@@ -36,12 +36,12 @@ def _model(chat: Conversation, rest: str) -> None:
         chat.screen.notice(f"{clean_line(before.name, 80)} is open again")
     session.use(runtime)
     chat.last = None
-    chat.screen.show(status.start_line(runtime.info))
+    chat.screen.show(status.start_line(runtime.info, memory.free(runtime.info.device)))
 
 
 def _stats(chat: Conversation, rest: str) -> None:
     runtime = chat.session.runtime
-    rows = [("model", status.start_line(runtime.info))]
+    rows = [("model", status.start_line(runtime.info, memory.free(runtime.info.device)))]
     for entry in fields(runtime.stats):
         value = getattr(runtime.stats, entry.name)
         if entry.name.endswith("_bytes"):
@@ -49,6 +49,8 @@ def _stats(chat: Conversation, rest: str) -> None:
         elif isinstance(value, float):
             value = f"{value:.1f}"
         rows.append((entry.name.replace("_", " "), str(value)))
+    if (rate := getattr(runtime.stats, "hit_rate", None)) is not None:
+        rows.append(("prompt tokens not computed", f"{rate:.0%}"))
     if chat.last is not None:
         rows.append(("last reply", status.status_line(chat.last, runtime.info.context)))
     chat.screen.table(rows)
@@ -62,6 +64,8 @@ def _mem(chat: Conversation, rest: str) -> None:
     held, total = getattr(stats, "pages_held", None), getattr(stats, "pages_total", None)
     if total:
         rows.append(("cache pages held", f"{held} of {total}"))
+        rows.append(("cache pages reused by others", str(stats.evictions)))
+        rows.append(("pages in host memory", status.size(stats.host_cache_bytes)))
     chat.screen.table(rows)
 
 
