@@ -29,6 +29,7 @@ QUEUE = (
     "tests/cuda/test_sanitizers.py",
     "tests/cuda/test_planted.py",
     "tests/cuda/test_compile.py",
+    "tests/cuda/test_build.py",
 )
 WORTH_IT = 500  # other tests, behind which builds can hide
 NICENESS = 10
@@ -91,7 +92,23 @@ def steps_of(root: Path, modules: Iterable[str]) -> list[Callable[[], object]]:
 def _end_with_standard_input() -> None:
     while sys.stdin.buffer.read(1):
         pass
+    for child in descendants(os.getpid()):  # ninja and its compilers are in groups of their own
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Processes below another, parents first."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [ancestor]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
 
 
 def main(root: Path, modules: list[str]) -> None:

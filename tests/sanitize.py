@@ -28,11 +28,13 @@ BASE = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-Wno-psabi
 @dataclass(frozen=True, slots=True)
 class Sanitizer:
     """`flags` are for all files. `light` are added where an instruction set makes files slow to compile: checks that
-    vectors passed by reference would need at every step, and that no program here depends on."""
+    vectors passed by reference would need at every step, and that no program here depends on. `quick` are added to
+    those of them that take longer to optimise than their programs run."""
 
     name: str
     flags: tuple[str, ...]
     light: tuple[str, ...]
+    quick: tuple[str, ...]
     options: dict[str, str]
 
 
@@ -40,9 +42,10 @@ ADDRESS = Sanitizer(
     "address",
     ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize-address-use-after-scope"),
     ("-fno-sanitize=null,alignment,object-size",),
+    ("-O0",),
     {"ASAN_OPTIONS": "abort_on_error=0:detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
 )
-THREAD = Sanitizer("thread", ("-fsanitize=thread",), (), {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0"})
+THREAD = Sanitizer("thread", ("-fsanitize=thread",), (), (), {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0"})
 
 
 # The feature, as Linux names it, without which a file of an instruction set never runs.
@@ -53,6 +56,9 @@ CPU_FLAGS = {
     "avx512bf16": "avx512_bf16",
     "avxvnni": "avx_vnni",
 }
+
+
+SLOW_TO_COMPILE = "linear_packed_"  # a kernel for every set of widths
 
 
 class Unavailable(Exception):
@@ -104,8 +110,10 @@ class Bench:
     def _flags(self, source: Path) -> list[str]:
         isa = isa_of(source)
         watched = (*self.sanitizer.flags, *(self.sanitizer.light if isa else ()))
+        if isa and source.stem.startswith(SLOW_TO_COMPILE):
+            watched = (*watched, *self.sanitizer.quick)
         if isa in CPU_FLAGS and CPU_FLAGS[isa] not in self.cpu:
-            watched = ()  # it is only linked here, never run, and takes long to compile
+            watched = ("-O0",)  # it is only linked here, never run, and takes long to compile
         here = (f"-I{ROOT}", f"-I{CHECKS}", *re.findall(r"(?<= )-DEXL_\S+", ninja_file(self.plan)))
         return [*BASE, *watched, *ISA_FLAGS.get(isa or "", ()), *here, "-c", str(source)]
 

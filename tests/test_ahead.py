@@ -22,7 +22,7 @@ def fail():
     raise RuntimeError("does not build")
 
 def forever():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     (HERE / "pid.part").write_text(f"{child.pid} {os.nice(0)}")
     os.replace(HERE / "pid.part", HERE / "pid")
     child.wait()

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from exl_runtime.errors import BackendUnavailable
 from exl_runtime.ops import native
 from ext import cuda_build
-from ext.build import Settings, build
+from ext.build import Built, Settings, build
 from ext.cuda_plan import architectures, cuda_recipe
 from ext.cuda_tools import Nvcc, find_nvcc
 from ext.recipe import NINJA, Recipe
@@ -158,9 +159,12 @@ def test_a_failed_build_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.slow
-def test_the_library_for_cards_links(tmp_path: Path) -> None:
-    """Everything that can be known of exl_cuda.so without a card: it builds, and what it leaves to others is theirs."""
+def build_ahead() -> list[Callable[[], object]]:
+    return [library_for_cards]
+
+
+def library_for_cards() -> Built:
+    """exl_cuda.so. Raises BackendUnavailable."""
     settings = Settings.from_environment()
     settings = replace(settings, cache=settings.open_cache() / "emulated" / "linked")
 
@@ -169,8 +173,14 @@ def test_the_library_for_cards_links(tmp_path: Path) -> None:
         of_the_future = [(99, 0)]  # portable code only: half of the time, and all the same to the linker
         return cuda_recipe(chosen.root, find_compiler(chosen.compiler), find_torch(), nvcc, of_the_future)
 
+    return build(settings, lambda _: None, make=make)
+
+
+@pytest.mark.slow
+def test_the_library_for_cards_links() -> None:
+    """Everything that can be known of exl_cuda.so without a card: it builds, and what it leaves to others is theirs."""
     try:
-        built = build(settings, lambda _: None, make=make)
+        built = library_for_cards()
     except BackendUnavailable as err:
         if type(err) is not BackendUnavailable:
             raise
