@@ -28,12 +28,13 @@ Outcome: TypeAlias = Tensor | Exception | None  # float32 (chunk.rows, vocab) on
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """New tokens of one sequence, at the cache indices start ... stop - 1 of these pages."""
+    """New tokens of one sequence, at cache indices start ... stop - 1 of these pages; positions are `shift` more."""
 
     ids: Many[int]
     pages: Many[int]
     start: int
     stop: int
+    shift: int = 0
 
 
 class Model(Protocol):
@@ -113,7 +114,7 @@ class Runner:
         return logits if self._on_cpu else logits.cpu()
 
     def _plan_of(self, chunks: Many[Chunk]) -> Plan:
-        parts = [Part(chunk.ids, chunk.sequence.pages, chunk.start, chunk.end) for chunk in chunks]
+        parts = [Part(c.ids, c.sequence.pages, c.start, c.end, c.sequence.shift) for c in chunks]
         rows: list[int] = []
         end = 0
         for chunk in chunks:
@@ -138,7 +139,7 @@ class Runner:
         starts = [0]
         for part in parts:
             tokens += part.ids
-            positions += range(part.start, part.stop)
+            positions += range(part.start + part.shift, part.stop + part.shift)
             at = part.start
             while at < part.stop:  # a run of slots for every page that is touched
                 until = min(part.stop, at - at % size + size)

@@ -1,11 +1,11 @@
 """The angles of a pass: cosines and sines for every rope of a model, computed once per position where that pays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..config.spec import RopeSpec
+from ..config.spec import ModelSpec, RopeSpec
 from ..ops.native import torch_alone
 from ..ops.rope import cos_sin, frequencies
 from .batch import ForwardBatch, Plan
@@ -95,3 +95,15 @@ class Angles:
                 long_factor=rope.long_factor,
             ).to(self._device)
         return self._frequencies[key]
+
+
+def key_frequencies(spec: ModelSpec) -> Callable[[int, int], Tensor | None]:
+    """(layer, planned length) -> radians per position by which that layer turns its keys; None where it does not."""
+    ropes = {layer.index: layer.rope for layer in spec.layers}
+    angles = Angles(tuple(dict.fromkeys(ropes.values())), torch.device("cpu"))
+
+    def of(layer: int, planned: int) -> Tensor | None:
+        rope = ropes.get(layer)
+        return None if rope is None else angles._inv_freq(angles.ropes.index(rope), rope.effective_length(planned))
+
+    return of
