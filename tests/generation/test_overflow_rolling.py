@@ -168,3 +168,15 @@ def test_every_page_that_leaves_is_told_once() -> None:
             told = sum(e.tokens for e in events if isinstance(e, Dropped) and e.request_id == event.request_id)
             assert told == event.result.dropped_tokens
     assert sum(isinstance(event, Started) for event in events) == 6
+
+
+def test_windows_of_other_shape_share_nothing_that_depends_on_it() -> None:
+    rig = Rig(context=32, pages=64)
+    said = [*range(9)]
+    for number in range(8):
+        said += [*turn(rig, said, 9, keep=8, seed=number).ids, 5]
+    for stop in range(9, len(said), 5):
+        turn(rig, said[:stop], 1, keep=3)
+    result = turn(rig, said, 5, keep=3)
+    assert result.ids == rolled(said, 5, context=32, keep=3) and result.reused_tokens > 20
+    assert turn(rig, said, 5, keep=8).ids == rolled(said, 5, context=32, keep=8)
