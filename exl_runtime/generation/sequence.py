@@ -139,10 +139,13 @@ class Sequence:
     def set_gone(self, count: int) -> None:
         """Of all tokens, the first `count` behind the sinks have left; 0 brings all back."""
         assert self.roll is not None
-        kept = self.roll.kept
-        rest = [*self.gone, *self.tokens[kept:]]
-        self.tokens = [*self.tokens[:kept], *rest[count:]]
-        self.gone = rest[:count]
+        kept, more = self.roll.kept, count - len(self.gone)
+        if more >= 0:
+            self.gone += self.tokens[kept : kept + more]
+            del self.tokens[kept : kept + more]
+        else:
+            self.tokens[kept:kept] = self.gone[count:]
+            del self.gone[count:]
         self.shift, self.left, self.index = count, max(self.left, count), None
 
     def tell(self, pieces: list[str]) -> str:
