@@ -11,7 +11,19 @@ from types import ModuleType
 from exl_runtime.console.program import StrictParser, run_program
 from exl_runtime.console.progress import Reporter
 
-COMMANDS = ("perplexity", "kld", "tasks", "compare", "cache", "recommend", "speed", "step", "kernels", "make")
+COMMANDS = (
+    "perplexity",
+    "kld",
+    "tasks",
+    "compare",
+    "cache",
+    "recommend",
+    "speed",
+    "step",
+    "kernels",
+    "hardware",
+    "make",
+)
 ALIASES = {"ppl": "perplexity", "task": "tasks"}
 DESCRIPTION = "Measure quality and speed of EXL2, GPTQ and plain safetensors models, the protocol beside every number."
 EXAMPLES = """\

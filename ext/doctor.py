@@ -17,7 +17,7 @@ from ext.lock import held, owner
 from ext.toolchain import INSTALL_COMPILER, find_compiler, find_ninja, free_memory
 
 OPTIONAL = {  # distribution: what one gains by it
-    "flash-attn": "faster attention on NVIDIA GPUs (this version does not use it yet)",
+    "flash-attn": "faster prompts on NVIDIA GPUs, with a cache of fp16",
     "llguidance": "answers bound to a grammar (this version does not use it yet)",
     "transformers": "the tests, which compare with it",
     "matplotlib": "plots of evaluations (this version does not use it yet)",

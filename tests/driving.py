@@ -1,5 +1,6 @@
 """Drives a Transformer by hand: one sequence, pages in a scrambled order, any cut into chunks."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from exl_runtime.model.placement import geometry_of
 from exl_runtime.model.transformer import Transformer
 
 
-def open_model(folder: Path, backend: str, dtype: torch.dtype | None = None) -> Transformer:
+def open_model(
+    folder: Path, backend: str, dtype: torch.dtype | None = None, *, device: torch.device | str = "cpu"
+) -> Transformer:
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     with Checkpoint.open(folder) as checkpoint:
@@ -25,7 +28,7 @@ def open_model(folder: Path, backend: str, dtype: torch.dtype | None = None) -> 
             checkpoint,
             spec,
             quantization=files.quantization,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             backend=backend,
             dtype=dtype,
         )
@@ -61,6 +64,12 @@ def batch_of(
     )
 
 
+def moved(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
+    """The batch, on another device."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)})
+
+
 def run(model: Transformer, ids: list[int], cuts: list[int], *, pages: list[int] | None = None) -> Tensor:
     """float32 (tokens, vocab): `ids` fed in chunks that end at `cuts`, into a fresh cache."""
     kv = new_cache(model)
@@ -68,6 +77,7 @@ def run(model: Transformer, ids: list[int], cuts: list[int], *, pages: list[int]
     rope_length = model.spec.rope_length(len(ids))
     parts, past = [], 0
     for end in [*cuts, len(ids)]:
-        parts.append(model.forward(batch_of([(ids[past:end], past, pages)], rope_length=rope_length), kv))
+        batch = batch_of([(ids[past:end], past, pages)], rope_length=rope_length)
+        parts.append(model.forward(moved(batch, model.device), kv))
         past = end
     return torch.cat(parts)

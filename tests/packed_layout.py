@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-COLUMNS, UNIT, LINE, SPAN_UNITS, PANEL_UNITS = 16, 32, 64, 4, 64
+UNIT, SPAN_UNITS = 32, 4
+SHAPES = {"1": (16, 64), "2": (32, 32)}  # by version: the columns of a tile, the most units of a panel
 EXL2, SYMMETRIC, ZEROS = range(3)
 TOGETHER = {EXL2: 8, SYMMETRIC: 2, ZEROS: 4}  # groups whose scales lie together
-SCALE_BYTES = {EXL2: 64, SYMMETRIC: 64, ZEROS: 192}
+SCALE_BYTES = {EXL2: 4, SYMMETRIC: 4, ZEROS: 12}  # for each column
 
 # Line after line of a unit: what lies in a byte, lowest bit first. "3.45": bits 4 and 5 of the codes in quad 3.
 LINES = {
@@ -27,7 +28,6 @@ class Read:
     """What a packed matrix says. `codes`, `scales`, `zeros`: (positions, outputs); `rows` (positions,), -1: no input.
 
     spans  bits, group and units of each
-    panels the number of units of each
     """
 
     inputs: int
@@ -37,7 +37,6 @@ class Read:
     zeros: np.ndarray
     rows: np.ndarray
     spans: list[tuple[int, int, int]]
-    panels: list[int]
 
     def weights(self) -> np.ndarray:
         """float64 (inputs, outputs)."""
@@ -54,14 +53,16 @@ def read_packed(packed: Tensor) -> Read:
     head = dict(
         zip([*names.split(), "tables_at", "tiles_at", "bytes"], struct.unpack_from("<QQ14q", memory), strict=True)
     )
-    assert head["magic"].to_bytes(8, "little")[:7] == b"elxtile" and head["bytes"] == len(memory)
+    magic = head["magic"].to_bytes(8, "little").decode()
+    assert magic[:7] == "elxtile" and head["bytes"] == len(memory)
+    wide, most_units = SHAPES[magic[7]]
     kind, outputs, positions = head["kind"], head["outputs"], head["positions"]
     spans = [struct.unpack_from("<4i", memory, head["spans_at"] + 16 * i) for i in range(head["spans"])]
     panels = [struct.unpack_from("<5q", memory, head["panels_at"] + 40 * i) for i in range(head["panels"])]
     tables = np.frombuffer(memory, "<f4", 16 * head["groups"] if kind == EXL2 else 0, head["tables_at"]).reshape(-1, 16)
     rows = np.frombuffer(memory, "<i4", positions, head["rows_at"]) if head["rows_at"] else np.arange(positions)
-    tiles = -(-outputs // COLUMNS)
-    shape = (positions, tiles * COLUMNS)
+    tiles = -(-outputs // wide)
+    shape = (positions, tiles * wide)
     codes, scales, zeros = np.zeros(shape, int), np.zeros(shape), np.zeros(shape, int)
     read, first = 0, 0
     for span, count, unit, start, tile_bytes in panels:
@@ -69,26 +70,30 @@ def read_packed(packed: Tensor) -> Read:
         first += count
         for tile in range(tiles):
             place = start + tile * tile_bytes
-            at, columns, known = place, slice(tile * COLUMNS, (tile + 1) * COLUMNS), None
+            at, columns, known = place, slice(tile * wide, (tile + 1) * wide), None
             position = unit * UNIT
             for number, (bits, group, units, scale_bytes) in enumerate(spans[span : span + count]):
                 if scale_bytes:
-                    assert scale_bytes == SCALE_BYTES[kind]
+                    assert scale_bytes == SCALE_BYTES[kind] * wide
                     known, block = group // TOGETHER[kind], memory[at : at + scale_bytes]
                     at += scale_bytes
                 else:
                     assert number > 0 and known == group // TOGETHER[kind]
                 here = slice(position, position + units * UNIT)
                 scales[here, columns], zeros[here, columns] = scales_of(
-                    block, kind, group, tables, 1 << (bits - 1), head["zero_base"]
+                    block, kind, group, tables, 1 << (bits - 1), head["zero_base"], wide
                 )
                 for _ in range(units):
-                    codes[position : position + UNIT, columns] = unit_codes(memory[at : at + bits * LINE], bits)
+                    codes[position : position + UNIT, columns] = unit_codes(
+                        memory[at : at + bits * 4 * wide], bits, wide
+                    )
                     position += UNIT
-                    at += bits * LINE
+                    at += bits * 4 * wide
             assert at == place + tile_bytes
             read += tile_bytes
     assert first == len(spans) and head["tiles_at"] + read == len(memory)
+    units_of = [sum(s[2] for s in spans[p[0] : p[0] + p[1]]) for p in panels]
+    assert all(units <= SPAN_UNITS for _, _, units, _ in spans) and max(units_of) <= most_units
     return Read(
         head["inputs"],
         outputs,
@@ -97,15 +102,14 @@ def read_packed(packed: Tensor) -> Read:
         zeros[:, :outputs],
         rows,
         [(bits, group, units) for bits, group, units, _ in spans],
-        [sum(s[2] for s in spans[p[0] : p[0] + p[1]]) for p in panels],
     )
 
 
-def unit_codes(lines: bytes, bits: int) -> np.ndarray:
-    """(32, 16): the codes of a unit, position by column."""
-    codes = np.zeros((UNIT, COLUMNS), dtype=int)
+def unit_codes(lines: bytes, bits: int, wide: int) -> np.ndarray:
+    """(32, wide): the codes of a unit, position by column."""
+    codes = np.zeros((UNIT, wide), dtype=int)
     for line, drawing in enumerate(LINES[bits]):
-        block = np.frombuffer(lines, np.uint8, LINE, line * LINE).reshape(COLUMNS, 4).astype(int)  # column, j
+        block = np.frombuffer(lines, np.uint8, 4 * wide, line * 4 * wide).reshape(wide, 4).astype(int)  # column, j
         low = 0
         for field in drawing.split():
             quad, _, digits = field.partition(".")
@@ -117,18 +121,18 @@ def unit_codes(lines: bytes, bits: int) -> np.ndarray:
 
 
 def scales_of(
-    block: bytes, kind: int, group: int, tables: np.ndarray, middle: int, zero_base: int
+    block: bytes, kind: int, group: int, tables: np.ndarray, middle: int, zero_base: int, wide: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scales and the zero-points of 16 columns."""
+    """The scales and the zero-points of a tile's columns."""
     slot = group % TOGETHER[kind]
     if kind == EXL2:
-        pairs = np.frombuffer(block, np.uint8, 8, slot * 8)
+        pairs = np.frombuffer(block, np.uint8, wide // 2, slot * wide // 2)
         nibbles = np.stack([pairs & 15, pairs >> 4], axis=1).flatten()
-        column = [*range(0, 16, 2), *range(1, 16, 2)]
-        scales = np.empty(COLUMNS)
+        column = [16 * half + c for half in range(wide // 16) for c in (*range(0, 16, 2), *range(1, 16, 2))]
+        scales = np.empty(wide)
         scales[column] = tables[group][nibbles]
-        return scales, np.full(COLUMNS, middle)
-    scales = np.frombuffer(block, "<f2", COLUMNS, slot * 32).astype(float)
+        return scales, np.full(wide, middle)
+    scales = np.frombuffer(block, "<f2", wide, slot * 2 * wide).astype(float)
     if kind == SYMMETRIC:
-        return scales, np.full(COLUMNS, middle)
-    return scales, np.frombuffer(block, np.uint8, COLUMNS, 128 + slot * 16).astype(int) + zero_base
+        return scales, np.full(wide, middle)
+    return scales, np.frombuffer(block, np.uint8, wide, (4 * 2 + slot) * wide).astype(int) + zero_base

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ext.build import Settings
-from ext.plan import ISA_FLAGS, isa_of
-from ext.toolchain import Compiler, find_compiler, is_x86_64, parallel_jobs
+from ext.build import Settings, plan_for
+from ext.plan import ISA_FLAGS, Plan, isa_of, ninja_file
+from ext.toolchain import parallel_jobs
 
 CHECKS = Path(__file__).resolve().parent / "native_checks"
 KEEP_DAYS = 14
@@ -43,6 +43,16 @@ ADDRESS = Sanitizer(
 THREAD = Sanitizer("thread", ("-fsanitize=thread",), (), {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0"})
 
 
+# The feature, as Linux names it, without which a file of an instruction set never runs.
+CPU_FLAGS = {
+    "avx2": "avx2",
+    "avx512": "avx512f",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avxvnni": "avx_vnni",
+}
+
+
 class Unavailable(Exception):
     """Why a sanitizer cannot be used here."""
 
@@ -51,14 +61,15 @@ class Unavailable(Exception):
 class Bench:
     """Where programs are built, and how they are started."""
 
-    compiler: Compiler
+    plan: Plan  # of the library that programs use: its kernels, compiler and definitions
     sanitizer: Sanitizer
     folder: Path
+    cpu: frozenset[str]  # names of the CPU's features
     prefix: tuple[str, ...] = ()
 
     def build(self, source: Path) -> Path:
         """The program made of one file with a main function and all kernels."""
-        kernels = [f for f in sorted((ROOT / "cpu").glob("*.cpp")) if is_x86_64() or isa_of(f) is None]
+        kernels = [ROOT / file for file in self.plan.sources if file.parts[0] == "cpu"]
         objects = self._compile([source, *kernels])
         target = self.folder / f"{source.stem}-{_digest([o.name.encode() for o in objects])}"
         self._run([*self.sanitizer.flags, "-pthread", *map(str, objects)], target)
@@ -86,14 +97,17 @@ class Bench:
 
     def _flags(self, source: Path) -> list[str]:
         isa = isa_of(source)
-        light = self.sanitizer.light if isa else ()
-        here = (f"-I{ROOT}", f"-I{CHECKS}", f"-DEXL_X86_ISA={int(is_x86_64())}")
-        return [*BASE, *self.sanitizer.flags, *light, *ISA_FLAGS.get(isa or "", ()), *here, "-c", str(source)]
+        watched = (*self.sanitizer.flags, *(self.sanitizer.light if isa else ()))
+        if isa in CPU_FLAGS and CPU_FLAGS[isa] not in self.cpu:
+            watched = ()  # it is only linked here, never run, and takes long to compile
+        here = (f"-I{ROOT}", f"-I{CHECKS}", *re.findall(r"(?<= )-DEXL_\S+", ninja_file(self.plan)))
+        return [*BASE, *watched, *ISA_FLAGS.get(isa or "", ()), *here, "-c", str(source)]
 
     def _object(self, source: Path) -> Path:
-        content = [file.read_bytes() for file in sorted(_closure(source, set()))]
         flags = " ".join(flag for flag in self._flags(source) if not flag.startswith(("-I", "/")))
-        return self.folder / f"{source.stem}-{_digest([self.compiler.identity.encode(), flags.encode(), *content])}.o"
+        content = [file.read_bytes() for file in sorted(_closure(source, set()))]
+        key = _digest([self.plan.compiler.identity.encode(), flags.encode(), *content])
+        return self.folder / f"{source.stem}-{key}.o"
 
     def _run(self, arguments: list[str], target: Path) -> None:
         """Call the compiler, unless it made `target` before; a file is whole or absent."""
@@ -101,7 +115,7 @@ class Bench:
             os.utime(target)
             return
         beside = target.with_name(f"{target.name}.{os.getpid()}")
-        command = [self.compiler.path, *arguments, "-o", str(beside)]
+        command = [self.plan.compiler.path, *arguments, "-o", str(beside)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode != 0:
@@ -117,7 +131,7 @@ ROOT = Settings().root
 def open_bench(sanitizer: Sanitizer) -> Bench:
     """Raises Unavailable, saying what is missing: the compiler's part of a sanitizer, or what it asks of the system."""
     settings = Settings.from_environment()
-    compiler = find_compiler(settings.compiler)
+    plan = plan_for(settings)
     folder = settings.open_cache() / "sanitized"
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
@@ -125,15 +139,18 @@ def open_bench(sanitizer: Sanitizer) -> Bench:
             old.unlink(missing_ok=True)
     source = folder / "probe.cpp"
     source.write_text("int main() { return 0; }\n", encoding="utf-8")
-    program = folder / f"probe-{sanitizer.name}-{_digest([compiler.identity.encode()])}"
-    bench = Bench(compiler, sanitizer, folder)
+    program = folder / f"probe-{sanitizer.name}-{_digest([plan.compiler.identity.encode()])}"
+    known = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    cpu = frozenset(known[1].split() if known else ())
+    bench = Bench(plan, sanitizer, folder, cpu)
     try:
         bench._run([*sanitizer.flags, str(source)], program)
     except RuntimeError as err:
-        raise Unavailable(f"{compiler.path} has no {sanitizer.name} sanitizer: {str(err).splitlines()[-1]}") from err
+        said = str(err).splitlines()[-1]
+        raise Unavailable(f"{plan.compiler.path} has no {sanitizer.name} sanitizer: {said}") from err
     # With many random bits in addresses some thread sanitizers find their own memory taken.
     for prefix in ((), ("setarch", "-R")):
-        bench = Bench(compiler, sanitizer, folder, prefix)
+        bench = Bench(plan, sanitizer, folder, cpu, prefix)
         try:
             done = bench.start(program)
         except FileNotFoundError:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..opening import positive
+from ..opening import cache_type, positive
 from ..outcome import Outcome
 
 if TYPE_CHECKING:
@@ -14,7 +14,8 @@ HELP = "time of every operation at real layer shapes, with cold caches, against 
 USAGE = "[--shapes 1.1b] [--format exl2,gptq,dense] [--bits 4] [--m 1,2,4,8,32,512] [--threads N[,N...]] [options]"
 EPILOG = """\
 Calls go round enough copies of the weights to exceed the last-level cache. The floor is the time in which the bytes of
-one call pass at the read bandwidth measured just before. torch multiplies the dequantized matrix."""
+one call pass at the read bandwidth measured just before, on a GPU that of copying. torch multiplies the dequantized
+matrix; `dequantized` is the time of doing that and multiplying by the library, on a GPU."""
 KINDS = ("linear", "attention", "small")
 
 
@@ -29,7 +30,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--m", type=_list(positive), default=(1, 2, 4, 8, 32, 512), metavar="LIST", help="default: 1,2,4,8,32,512"
     )
     parser.add_argument(
-        "--contexts", type=_list(positive), default=(512, 2048, 8192), metavar="LIST", help="default: 512,2048,8192"
+        "--contexts",
+        type=_list(positive),
+        metavar="LIST",
+        help="keys of attention (default: 512,2048,8192; on a GPU 2048,32768)",
+    )
+    parser.add_argument(
+        "--caches",
+        type=_list(cache_type),
+        metavar="LIST",
+        help="types of keys and values (default: auto,fp16; on a GPU fp16,q8,q4)",
     )
     parser.add_argument(
         "--ops", default=",".join(KINDS), metavar="LIST", help=f"some of {', '.join(KINDS)} (default: all)"
@@ -47,7 +57,7 @@ def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
     import torch
 
     from exl_runtime.errors import UsageError
-    from exl_runtime.model.placement import resolve_device
+    from exl_runtime.model.placement import resolve_cache, resolve_device
     from exl_runtime.ops import native
 
     from ..made.shape import parse_shape
@@ -64,8 +74,11 @@ def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
     device = resolve_device(args.device)
     backend = native.resolve_backend(None if args.backend == "auto" else args.backend, device)
     where = Where(device=device, backend=backend, cache_bytes=llc_bytes(device))
-    what = (shape, stored, args.m, args.contexts, kinds)
-    total = kernels.count_cases(*what, str(device)) * len(args.threads)
+    caches = kernels.usual_caches(device)
+    if args.caches is not None:
+        caches = tuple(dict.fromkeys(resolve_cache(name, device) for name in args.caches))
+    what = (shape, stored, args.m, args.contexts or kernels.usual_contexts(device), kinds, caches)
+    total = kernels.count_cases(*what) * len(args.threads)
     bandwidth = Bandwidth(device)
     with progress.stage("measuring", total, "operations") as steps:
         found = kernels.bench(

@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exl_runtime.cache.geometry import PAGE_SIZE
+from exl_runtime.cache.types import CacheType
 from exl_runtime.errors import UsageError
 from exl_runtime.formats.base import LinearShape, QuantFormat
 from exl_runtime.formats.dense import Dense
 from exl_runtime.formats.detect import GptqHints
 from exl_runtime.formats.exl2 import WIDTHS, Exl2
 from exl_runtime.formats.gptq import Gptq
+from exl_runtime.ops.kv_quant import dequantize, quantize
+from exl_runtime.ops.linear.base import LinearKernel
+from exl_runtime.ops.linear.packed_cuda import PackedCuda
 from exl_runtime.ops.linear.select import select
 from exl_runtime.ops.table import opset
 
@@ -27,6 +31,7 @@ from ..made.shape import Shape
 
 FORMATS = ("exl2", "gptq", "dense")
 HEAD_BITS = 6
+DEQUANT = "dequantized"  # beside torch's dtypes: our own other way, with the same dtype
 MOST_COPIES = 256  # of something small; then caches are colder than with one, not cold
 Call = Callable[[int], object]  # the work, on copy i
 
@@ -66,7 +71,7 @@ class Where:
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """What torch multiplies in, for comparison; the first is also that of x."""
-        wide = torch.float32 if self.device.type == "cpu" else torch.float16
+        wide = torch.float32 if self.backend != "cuda" and self.device.type == "cpu" else torch.float16
         return wide, torch.bfloat16
 
 
@@ -136,18 +141,29 @@ def linear_cases(
             nbytes=first.storage_bytes + own.element_size() * m * (inputs + outputs),
             flop=2.0 * m * inputs * outputs,
             others={
-                _short(dtype): (lambda i, a=x[dtype], w=held: F.linear(a, w[i]), len(held))
-                for dtype, held in others.items()
+                **{
+                    _short(dtype): (lambda i, a=x[dtype], w=held: F.linear(a, w[i]), len(held))
+                    for dtype, held in others.items()
+                },
+                **_by_library(kernels, own),
             },
         )
 
 
-def attention_case(shape: Shape, context: int, dtype: torch.dtype, where: Where) -> Case:
-    """One new token that attends to `context` keys, itself included, over a paged cache of `dtype`."""
+def _by_library(kernels: Sequence[LinearKernel], x: Tensor) -> dict[str, tuple[Call, int]]:
+    """What a packed CUDA matrix does with many rows, with as few as there are: dequantize, then torch's product."""
+    packed = [kernel for kernel in kernels if isinstance(kernel, PackedCuda)]
+    return {DEQUANT: (lambda i: packed[i].by_library(x, x.dtype), len(packed))} if packed else {}
+
+
+def attention_case(shape: Shape, context: int, cache: CacheType, where: Where) -> Case:
+    """One new token that attends to `context` keys, itself included, over a paged cache of type `cache`."""
     heads, narrow, dim = shape.heads, shape.kv_heads, shape.head_dim
-    nbytes = 2 * context * narrow * dim * dtype.itemsize
+    nbytes = context * narrow * sum(cache.row_lengths(dim)) * cache.dtype.itemsize
     copies, each = where.copies(nbytes), -(-context // PAGE_SIZE)
-    held = torch.randn(2, copies * each, PAGE_SIZE, narrow, dim, device=where.device).to(dtype)
+    widths = (cache.key_bits, cache.value_bits)
+    pages = [_pages(copies * each, narrow, dim, cache, bits, where) for bits in widths]
+    stored, plain = zip(*pages, strict=True)
     tables = torch.arange(copies * each, dtype=torch.int32, device=where.device).view(copies, 1, each)
     q = torch.randn(1, heads, dim, device=where.device).to(where.dtypes[0])
     starts = torch.tensor([0, 1], dtype=torch.int32, device=where.device)
@@ -155,26 +171,39 @@ def attention_case(shape: Shape, context: int, dtype: torch.dtype, where: Where)
     attend, scale = opset(where.backend).paged_attention, dim**-0.5
 
     def ours(i: int) -> object:
-        return attend(q, held[0], held[1], starts, length, tables[i], scale, None, None)
+        return attend(q, *stored, starts, length, tables[i], scale, None, None)
 
     # The queries that share a key head side by side: several times as fast in torch as enable_gqa (one query each).
-    plain = held.view(2, copies, each * PAGE_SIZE, narrow, dim)[:, :, :context].transpose(2, 3).contiguous()
-    grouped = q.view(1, narrow, heads // narrow, dim).to(dtype)
+    keys, values = (
+        held.reshape(copies, each * PAGE_SIZE, narrow, dim)[:, :context].transpose(1, 2).contiguous() for held in plain
+    )
+    grouped = q.view(1, narrow, heads // narrow, dim).to(keys.dtype)
 
     def torch_one(i: int) -> object:
-        return F.scaled_dot_product_attention(grouped, plain[0, i : i + 1], plain[1, i : i + 1], scale=scale)
+        return F.scaled_dot_product_attention(grouped, keys[i : i + 1], values[i : i + 1], scale=scale)
 
     return Case(
         kind="attention",
         name=f"attention over {context}",
-        stored=_short(dtype),
+        stored=cache.name,
         m=1,
         call=ours,
         copies=copies,
         nbytes=nbytes,
         flop=4.0 * context * heads * dim,
-        others={_short(dtype): (torch_one, copies)},
+        others={_short(keys.dtype): (torch_one, copies)},
     )
+
+
+def _pages(count: int, narrow: int, dim: int, cache: CacheType, bits: int, where: Where) -> tuple[Tensor, Tensor]:
+    """Random keys or values: pages as stored, and what they stand for. Quantized pages are copies of a single one."""
+    size = (PAGE_SIZE, narrow, dim)
+    if not cache.quantized:
+        held = torch.randn(count, *size, device=where.device).to(cache.dtype)
+        return held, held
+    page = quantize(torch.randn(size, device=where.device), bits)
+    values = dequantize(page, dim, bits).to(where.dtypes[0])
+    return page.expand(count, -1, -1, -1).contiguous(), values.expand(count, -1, -1, -1)
 
 
 def small_cases(shape: Shape, rows: Sequence[int], where: Where) -> Iterator[Case]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from exl_runtime.cache.types import CacheType, cache_type
 from exl_runtime.model.placement import resolve_cache
 
 from ..made.shape import Shape
@@ -51,11 +52,11 @@ def count_cases(
     rows: Sequence[int],
     contexts: Sequence[int],
     kinds: Sequence[str],
-    device: str,
+    caches: Sequence[CacheType],
 ) -> int:
     """How many cases `all_cases` gives."""
     linear = len(stored_matrices(shape, stored)) * len(rows) if "linear" in kinds else 0
-    attention = len(contexts) * len(cache_dtypes(torch.device(device))) if "attention" in kinds else 0
+    attention = len(contexts) * len(caches) if "attention" in kinds else 0
     return linear + attention + (4 * len(rows) if "small" in kinds else 0)
 
 
@@ -72,9 +73,15 @@ def stored_matrices(shape: Shape, stored: Sequence[Stored]) -> list[tuple[str, i
     return found
 
 
-def cache_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """The default type of keys and values, and fp16."""
-    return tuple(dict.fromkeys((resolve_cache("auto", device).dtype, torch.float16)))
+def usual_caches(device: torch.device) -> tuple[CacheType, ...]:
+    """The default type of keys and values, fp16, and on a GPU those of 8 and 4 bits."""
+    names = ("fp16", "q8", "q4") if device.type == "cuda" else ("fp16",)
+    return tuple(dict.fromkeys((resolve_cache("auto", device), *map(cache_type, names))))
+
+
+def usual_contexts(device: torch.device) -> tuple[int, ...]:
+    """Keys that attention is timed over."""
+    return (2048, 32768) if device.type == "cuda" else CONTEXTS
 
 
 def all_cases(
@@ -83,6 +90,7 @@ def all_cases(
     rows: Sequence[int],
     contexts: Sequence[int],
     kinds: Sequence[str],
+    caches: Sequence[CacheType],
     where: Where,
 ) -> Iterator[Case]:
     """Made one after another: what a matrix needs is dropped before the next one is made."""
@@ -90,9 +98,9 @@ def all_cases(
         for name, inputs, outputs, how in stored_matrices(shape, stored):
             yield from linear_cases(name, inputs, outputs, how, rows, where)
     if "attention" in kinds:
-        for dtype in cache_dtypes(where.device):
+        for cache in caches:
             for context in contexts:
-                yield attention_case(shape, context, dtype, where)
+                yield attention_case(shape, context, cache, where)
     if "small" in kinds:
         yield from small_cases(shape, rows, where)
 

@@ -69,6 +69,8 @@ def show(summary: "ModelSummary") -> None:
     row(facts, "parameters", f"{summary.parameters:,}")
     row(facts, "context", f"{summary.context_length} tokens")
     row(facts, "files", size(summary.file_bytes))
+    for line in summary.attention:
+        row(facts, "attention", line)
     console.print(facts)
     kinds = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", title_justify="left")
     kinds.add_column("kind")

@@ -43,6 +43,19 @@ class Angles:
         ]
         return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
 
+    def of_all(self, batch: ForwardBatch) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
+        """`of` for every rope."""
+        return {rope: self.of(number, batch) for number, rope in enumerate(self.ropes)}
+
+    def read_by(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
+        """The frequencies that `of_all` computes from, which may be dropped later."""
+        planned = dict.fromkeys(batch.rope_lengths)
+        return tuple(
+            self._inv_freq(number, rope.effective_length(length))
+            for number, rope in enumerate(self.ropes)
+            for length in planned
+        )
+
     def rows(self, plan: Plan) -> tuple[list[Tensor], Sequence[int]]:
         """cos, sin, cos, sin, ... of all ropes, float32 (n, rotary_dim / 2), and the row in them of every token.
 

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ..ops import cuda_small
 from ..ops.attention.choose import refusal
+from ..ops.attention.cuda import workspace_on
 from ..ops.kv_cuda import rope_append
-from ..ops.linear.packed_cuda import multiply_together
+from ..ops.linear.packed_cuda import gated_together, multiply_together
+from ..ops.linear.reference import Reference
 from .attention import Attention
 from .batch import ForwardBatch
 from .block import Block
 from .linear import Linear, project
 from .mlp import Mlp
+from .placement import memory_of
 from .transformer import Transformer, require_finite
 
 
@@ -41,12 +44,14 @@ class FusedTransformer(Transformer):
         """None if a pass over these pages can be recorded, else what in it waits for the host."""
         if any(not isinstance(block.mlp, Mlp) for block in self.blocks):
             return "a mixture of experts asks the host which experts to run"
+        linears = (self.head, *(linear for block in self.blocks for linear in block.linears))
+        if any(isinstance(linear.kernel, Reference) for linear in linears):
+            return "a matrix runs in plain torch"
         return refusal(self.spec.head_dim, kv.layer(0)[0])
 
-    def angles(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
-        """The frequencies of every rope that a pass over `batch` reads: whoever records one has to keep them alive."""
-        ropes, lengths = self._ropes, batch.rope_lengths
-        return tuple(self._inv_freq(rope, rope.effective_length(length)) for rope in ropes for length in {*lengths})
+    def held_by(self, batch: ForwardBatch) -> tuple[object, ...]:
+        """What a pass over `batch` reads and writes that others may let go of: whoever records one has to keep it."""
+        return (workspace_on(self.device), *self._angles.read_by(batch))
 
     def begin(self, batch: ForwardBatch) -> Tensor:
         """The embedded tokens, float32 (T, hidden)."""
@@ -54,7 +59,7 @@ class FusedTransformer(Transformer):
 
     def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         """x, float32 (T, hidden), after all blocks of this model; changed in place."""
-        ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
+        ropes = self._angles.of_all(batch)
         delta: Tensor | None = None  # what the half-layer before still has to add to the stream
         for block in self.blocks:
             pages = kv.layer(block.layer.index)
@@ -81,11 +86,13 @@ class FusedTransformer(Transformer):
             logits.div_(cap).tanh_().mul_(cap)
         return logits
 
+    @torch.inference_mode()
     def _run(self, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
-        x = self.begin(batch)
-        if check:
-            require_finite(x, "the token embedding")
-        return self.finish(self.through(x, batch, kv, check=check), batch)
+        with memory_of(self.device, f"a pass over {batch.tokens.numel()} tokens"):
+            x = self.begin(batch)
+            if check:
+                require_finite(x, "the token embedding")
+            return self.finish(self.through(x, batch, kv, check=check), batch)
 
     def _attended(
         self,
@@ -115,8 +122,12 @@ class FusedTransformer(Transformer):
         if not isinstance(mlp, Mlp):
             mixed = mlp(h)
             return mixed if block.norms.post_mlp is None else self._norm(mixed, block.norms.post_mlp)
-        gate, up = _together((mlp.gate, mlp.up), h)
-        product = cuda_small.gated(gate, up, mlp.activation, dtype=torch.float32)
+        product = None
+        if all(type(linear) is Linear and linear.bias is None for linear in (mlp.gate, mlp.up)):
+            product = gated_together(mlp.gate.kernel, mlp.up.kernel, h, mlp.activation, wide=True)
+        if product is None:
+            gate, up = _together((mlp.gate, mlp.up), h)
+            product = cuda_small.gated(gate, up, mlp.activation, dtype=torch.float32)
         return self._added(x, mlp.down, product, block.norms.post_mlp)
 
     def _added(self, x: Tensor, linear: Linear, h: Tensor, post: Tensor | None) -> Tensor | None:

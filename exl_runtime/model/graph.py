@@ -34,8 +34,8 @@ class Recordable(Protocol):
         """None, or what in a pass has to ask the host."""
         ...
 
-    def angles(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
-        """Tensors that a pass reads and the model may drop: they are kept as long as the recording."""
+    def held_by(self, batch: ForwardBatch) -> tuple[object, ...]:
+        """What a pass uses and the model may drop: it is kept as long as the recording."""
         ...
 
 
@@ -111,7 +111,7 @@ class _Recorded:
     slots: Tensor  # int32 (rows,) of the Chooser
     drawn: Tensor  # int64 (rows,)
     repeat: Callable[[], None]
-    keep: tuple[Tensor, ...]
+    keep: tuple[object, ...]
 
 
 @dataclass(slots=True)
@@ -243,7 +243,7 @@ class DecodeGraphs:
         )
         slots = torch.zeros(count, dtype=torch.int32, device=device)
         drawn = torch.full((count,), -1, dtype=torch.int64, device=device)
-        recorded = _Recorded(batch, slots, drawn, _not_yet, self._model.angles(batch))
+        recorded = _Recorded(batch, slots, drawn, _not_yet, self._model.held_by(batch))
         self._fill(recorded, rows)  # the first run, unrecorded, writes to the places that the step itself will write to
         self._chooser.prepare(kind)
 

@@ -1,5 +1,6 @@
 """From a checkpoint to a `Transformer`: every tensor that `weights` finds goes to the best kernel."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from ..checkpoint.packed import NOT_KEPT, PackedModel
 from ..checkpoint.reader import Checkpoint
 from ..config.names import Source
 from ..config.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec
+from ..errors import BackendUnavailable
 from ..formats.base import LinearShape, QuantFormat
 from ..formats.dense import Dense
 from ..ops.linear.base import LinearKernel
@@ -25,8 +27,11 @@ from .fused import FusedTransformer
 from .linear import Linear
 from .mlp import Mlp
 from .moe import Moe
+from .placement import memory_of
 from .transformer import Transformer
 from .weights import Weights
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (layers loaded, layers in all)
 
@@ -51,12 +56,13 @@ def load_transformer(
     quantization    the raw `quantization_config` of the folder, or None
     packed          repacked matrices from an earlier load are taken from here, and new ones handed in, on the CPU
     Raises CheckpointError for missing tensors, FormatError for tensors that do not fit, NonFiniteError for NaN or
-    infinity in weights, BackendUnavailable when no kernel takes a matrix.
+    infinity in weights, BackendUnavailable when no kernel takes a matrix, OutOfMemory when a GPU is too small.
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
     if backend != "cpu":
-        return _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry).build(progress)
+        with memory_of(device, "the weights"):
+            return _Loader(Weights(checkpoint, spec, quantization), device, backend, dtype, hurry).build(progress)
     workshop = Workshop(checkpoint.total_bytes)
     weights = Weights(checkpoint, spec, quantization, keep=workshop.keep, lend=workshop.lend)
     loader = _Loader(weights, device, backend, dtype, hurry, Packing(take=workshop.keep), packed)
@@ -90,6 +96,7 @@ class _Loader:
         self.packing = packing  # None: nothing is repacked
         self.packed = packed
         self.ops: OpSet = opset(backend)
+        self.fallen_back = False  # a matrix runs in plain torch, and that was said
 
     def build(self, progress: Progress | None) -> Transformer:
         spec = self.spec
@@ -157,8 +164,16 @@ class _Loader:
         return kernel
 
     def select(self, matrix: QuantFormat, packing: Packing | None = None) -> LinearKernel:
-        """The best kernel for a matrix."""
-        kernel = select(matrix, self.device, self.backend, packing)
+        """The best kernel for a matrix. One that no CUDA kernel takes runs in plain torch."""
+        try:
+            kernel = select(matrix, self.device, self.backend, packing)
+        except BackendUnavailable as err:
+            if self.backend != "cuda":
+                raise
+            if not self.fallen_back:
+                log.warning("some matrices run in plain torch, which is slow: %s", " ".join(str(err).split()))
+            self.fallen_back = True
+            return select(matrix, self.device, "reference")
         # The codes of a quantized matrix are lent: a kernel that kept them would read those of the next one.
         assert packing is None or kernel.repacks or isinstance(matrix, Dense), f"{type(kernel).__name__} keeps codes"
         return kernel

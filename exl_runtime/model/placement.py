@@ -1,5 +1,7 @@
 """Where a model runs and how long a context fits beside it: the memory model behind `exl info` and `context="auto"`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +65,19 @@ def resolve_dtype(requested: str) -> torch.dtype | None:
     if requested not in DTYPES:
         raise UsageError(f"unknown element type {requested!r}", hint="use auto, fp32, fp16 or bf16")
     return DTYPES[requested]
+
+
+@contextmanager
+def memory_of(device: torch.device, what: str) -> Iterator[None]:
+    """Where a GPU has no room left inside, raise OutOfMemory; everything that was there before stays usable."""
+    try:
+        yield
+    except torch.OutOfMemoryError as err:
+        total = f"{free_memory(device) / 2**30:.1f} GiB are free" if device.type == "cuda" else "it is full"
+        raise OutOfMemory(
+            f"no memory on {device} for {what}: {total}",
+            hint="lower --context, choose a smaller cache type (--cache q8), or spread the model: --gpu-split auto",
+        ) from err
 
 
 def geometry_of(spec: ModelSpec, cache: CacheType) -> CacheGeometry:

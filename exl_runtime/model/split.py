@@ -16,6 +16,7 @@ from ..checkpoint.reader import Checkpoint
 from ..config.names import Source
 from ..config.spec import LayerSpec, MlpSpec, ModelSpec
 from ..errors import OutOfMemory, UsageError
+from ..ops.linear.workspace_cuda import workspace_bytes
 from .placement import geometry_of, working_bytes
 from .summary import stored_bits
 
@@ -34,7 +35,7 @@ class Sizes:
     layers: tuple[int, ...]
     head: int
     cache_per_layer: int
-    working: int
+    working: int  # with the workspace of the CUDA kernels
 
     def stage(self, first: int, stop: int) -> int:
         """Of the layers first ... stop - 1 on one device, with the ends of the model that go with them."""
@@ -153,7 +154,7 @@ def measure(checkpoint: Checkpoint, spec: ModelSpec, *, cache: CacheType, contex
         layers=tuple(_layer_bytes(checkpoint, spec, layer) for layer in spec.layers),
         head=head or embedding,  # the table serves as head, from a copy of its own
         cache_per_layer=pages * geometry.bytes_per_page // geometry.layers,
-        working=working_bytes(spec),
+        working=working_bytes(spec) + workspace_bytes(_widest(spec)),
     )
 
 
@@ -183,6 +184,11 @@ def context_for(
             )
         fitting.append(pages)
     return min(spec.context_length, min(fitting) * PAGE_SIZE)
+
+
+def _widest(spec: ModelSpec) -> int:
+    """Inputs of the widest matrix."""
+    return max(spec.hidden_size, spec.heads * spec.head_dim, *(layer.mlp.intermediate_size for layer in spec.layers))
 
 
 def _layer_bytes(checkpoint: Checkpoint, spec: ModelSpec, layer: LayerSpec) -> int:

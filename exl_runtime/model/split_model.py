@@ -16,7 +16,7 @@ from ..cache.storage import KVStorage
 from ..checkpoint.reader import Checkpoint
 from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
-from ..ops.linear import workspace_cuda
+from ..ops.attention.cuda import release
 from ..ops.table import OpSet
 from .batch import ForwardBatch
 from .block import Block
@@ -43,7 +43,7 @@ class StageTransformer(Transformer):
 
     def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         """See `FusedTransformer.through`."""
-        ropes = {rope: self._cos_sin(rope, batch) for rope in self._ropes}
+        ropes = self._angles.of_all(batch)
         for block in self.blocks:
             x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:
@@ -283,11 +283,12 @@ def devices_of(model: object) -> set[torch.device]:
 
 def free_devices(devices: set[torch.device]) -> None:
     """Return what nobody uses of these GPUs' memory to the driver; cycles that hold tensors are collected first."""
+    for device in devices:
+        release(device)
     cards = [device for device in devices if device.type == "cuda"]
     if not cards:
         return
     gc.collect()
     for device in cards:
-        workspace_cuda.release(device)
         with torch.cuda.device(device):
             torch.cuda.empty_cache()

@@ -13,6 +13,7 @@ from ..config.read import load_config
 from ..config.resolve import resolve
 from ..config.spec import MlpSpec, ModelSpec
 from ..formats.detect import MARKERS
+from .attending import attention_lines, pages_like
 from .placement import plan, resolve_cache
 
 
@@ -47,6 +48,7 @@ class ModelSummary:
     working_bytes: int
     total_bytes: int
     free_bytes: int
+    attention: tuple[str, ...] = ()  # on the GPU that is here: who does it, and why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,15 @@ def summarize(
         working_bytes=needed.working_bytes,
         total_bytes=needed.total_bytes,
         free_bytes=free_memory(where),
+        attention=_attention(spec, cache),
     )
+
+
+def _attention(spec: ModelSpec, cache: str) -> tuple[str, ...]:
+    if not torch.cuda.is_available():
+        return ()
+    card = torch.device("cuda")
+    return attention_lines(spec, pages_like(spec, resolve_cache(cache, card)), card)
 
 
 def stored_weights(checkpoint: Checkpoint, spec: ModelSpec) -> StoredWeights:

@@ -120,7 +120,7 @@ class Transformer:
         x = self.embedding(batch.tokens)
         if check:
             require_finite(x, "the token embedding")
-        ropes = {rope: self._angles.of(number, batch) for number, rope in enumerate(self._angles.ropes)}
+        ropes = self._angles.of_all(batch)
         for block in self.blocks:
             x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:

@@ -14,6 +14,7 @@ from ..config.resolve import resolve
 from ..config.spec import ModelSpec
 from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
 from ..generation.request import SPECULATE, Speculate
+from ..model.attending import attention_lines
 from ..model.loader import load_transformer
 from ..model.placement import (
     auto_context,
@@ -25,6 +26,7 @@ from ..model.placement import (
 )
 from ..model.summary import stored_weights
 from ..ops import native
+from ..ops.attention.choose import refusal
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
@@ -154,6 +156,12 @@ def load(
         stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
     kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)
+    if kernels == "cuda":
+        pages = kv.layer(0)[0]
+        for line in attention_lines(spec, pages, where):
+            report(line)
+        if (why := refusal(spec.head_dim, pages)) is not None:
+            log.warning("attention runs in plain torch, which is slow: %s", why)
     info = RuntimeInfo(
         name="demo" if folder == DEMO_FOLDER else folder.name,
         path=str(folder),

@@ -1,5 +1,5 @@
 // Prefill kernels over quantized pages; a file of its own so that they compile side by side.
-// registers: prefill_kernel 200
+// registers: prefill_kernel 224
 #include "attention_prefill_kernel.cuh"
 
 namespace exl {

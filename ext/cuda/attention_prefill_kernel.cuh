@@ -15,8 +15,8 @@ namespace {
 
 // grid (kv_heads, blocks of columns), 128 threads
 template <int kDim, bool kCodes>
-__global__ void __launch_bounds__(32 * kPrefillWarps) prefill_kernel(const CudaAttention a, const PrefillLayout layout,
-                                                                     const float scale) {
+__global__ void __launch_bounds__(32 * kPrefillWarps, 1)
+    prefill_kernel(const CudaAttention a, const PrefillLayout layout, const float scale) {
   constexpr int kKeys = kPrefillKeys<kDim>, kStride = kTileStride<kDim>;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int kv_head = blockIdx.x;

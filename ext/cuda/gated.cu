@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "activation.cuh"
 #include "element.cuh"
 
 namespace exl {
@@ -11,14 +12,10 @@ constexpr int kThreads = 256;
 
 template <GatedActivation A>
 __device__ __forceinline__ float activate(float x) {
-  if constexpr (A == GatedActivation::silu) return x / (1.0f + expf(-x));  // e^88 and beyond: x / inf is 0, as wanted
-  if constexpr (A == GatedActivation::gelu) return 0.5f * x * erfcf(-0.707106781f * x);  // erfc: no cancellation
-  if constexpr (A == GatedActivation::gelu_tanh) {
-    // 0.5 (1 + tanh y) is 1 / (1 + e^-2y): no cancellation where the result is small.
-    const float y = 0.797884561f * fmaf(0.044715f * x * x, x, x);
-    return x / (1.0f + expf(-2.0f * y));
-  }
-  return x < 0.0f ? 0.0f : x;  // NaN stays
+  if constexpr (A == GatedActivation::silu) return silu(x);
+  if constexpr (A == GatedActivation::gelu) return gelu(x);
+  if constexpr (A == GatedActivation::gelu_tanh) return gelu_tanh(x);
+  return relu(x);
 }
 
 template <GatedActivation A, class T, class Out>

@@ -1,6 +1,7 @@
 // The kernel behind skinny.h: skinny.cu and gemm.cu choose its numbers. Device code only.
 #pragma once
 
+#include "activation.cuh"
 #include "exl_cuda.h"
 #include "ptx.h"
 #include "skinny.h"
@@ -100,7 +101,7 @@ struct Multiply {
 
   // The warp's units [begin, end) of one tile column.
   __device__ __forceinline__ void stream(const CudaMatrix& w, const LinearWork& work, int column, int begin, int end,
-                                         unsigned char* ring, int first_row, int lane, bool& waited) {
+                                         unsigned char* ring, int first_row, int lane, bool wait) {
     const uint64_t policy = ptx::policy_evict_first();
     const UnitEntry* entries = w.units;
     const uint8_t* records = w.scales + int64_t(column) * w.groups * w.record + lane * 16;
@@ -127,10 +128,9 @@ struct Multiply {
     clear();
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) issue(begin + i, i * work.slot_bytes);
-    if (!waited) {  // weights do not depend on the kernel before this one, everything else does
+    if (wait) {  // weights do not depend on the kernel before this one, everything else does
       ptx::grid_wait();
       ptx::grid_launch_dependents();
-      waited = true;
     }
     const int row = first_row + (lane >> 2), rows_left = work.m - row;
     const uint4* x_from = static_cast<const uint4*>(work.staged) +
@@ -188,13 +188,10 @@ struct Multiply {
 
 __device__ __forceinline__ float activate(Gate gate, float x) {
   switch (gate) {
-    case Gate::silu: return x / (1.0f + expf(-x));  // x / infinity is 0, as it should be
-    case Gate::gelu: return 0.5f * x * erfcf(-0.707106781f * x);
-    case Gate::gelu_tanh: {  // 0.5 (1 + tanh y) is 1 / (1 + e^-2y)
-      const float y = 0.797884561f * fmaf(0.044715f * x * x, x, x);
-      return x / (1.0f + expf(-2.0f * y));
-    }
-    default: return x < 0.0f ? 0.0f : x;  // NaN stays
+    case Gate::silu: return silu(x);
+    case Gate::gelu: return gelu(x);
+    case Gate::gelu_tanh: return gelu_tanh(x);
+    default: return relu(x);
   }
 }
 
@@ -240,7 +237,6 @@ __global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>
   const int64_t slot_zero = int64_t(blockIdx.y) * work.slots;
   unsigned char* ring = memory + warp * kStages * work.slot_bytes;
   float* shared_sums = reinterpret_cast<float*>(memory);  // the ring is empty by then
-  bool waited = false;
   M mine;
 
   const bool paired = work.gate != Gate::none;
@@ -255,7 +251,7 @@ __global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>
       int begin = segment.begin + units * warp_k / WK;
       const int end = segment.begin + units * (warp_k + 1) / WK;
       if (column * kTileColumns32 >= w.outputs) begin = end;  // the last column group may be incomplete
-      mine.stream(w, work, column, begin, end, ring, first_row, lane, waited);
+      mine.stream(w, work, column, begin, end, ring, first_row, lane, s == work.first[blockIdx.x]);
     }
     __syncthreads();
     mine.put(shared_sums + warp_k * ROWS * M::kPitch, warp_n, lane);
@@ -304,7 +300,7 @@ __global__ void __launch_bounds__(32 * WN * WK, (Multiply<ROWS, WN, WK, ROUNDED>
     }
     __syncthreads();  // the next segment fills the ring again
   }
-  if (!waited) ptx::grid_wait();
+  if (work.first[blockIdx.x] == work.first[blockIdx.x + 1]) ptx::grid_wait();  // nothing to do, but in its turn
 }
 
 template <int ROWS, int WN, int WK, bool ROUNDED>

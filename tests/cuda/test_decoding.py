@@ -29,7 +29,7 @@ class Recordable(FakeTransformer):
     def why_not_recorded(self, kv) -> None:
         return None
 
-    def angles(self, batch) -> tuple[()]:
+    def held_by(self, batch) -> tuple[()]:
         return ()
 
 

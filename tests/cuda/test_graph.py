@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from driving import open_model
+from driving import moved, open_model
 from quantize import quantize_folder
 from recording import FakeRecorder
 from tiny import by_name, write
@@ -16,6 +16,7 @@ from exl_runtime.cache.types import FP16
 from exl_runtime.model.batch import ForwardBatch
 from exl_runtime.model.fused import FusedTransformer
 from exl_runtime.model.graph import DecodeGraphs, Row
+from exl_runtime.model.graph_cuda import CudaRecorder
 from exl_runtime.model.placement import geometry_of
 from exl_runtime.sampling.device import DeviceSampling
 from exl_runtime.sampling.params import SamplingParams
@@ -23,12 +24,44 @@ from exl_runtime.sampling.params import SamplingParams
 SIZE = 16  # tokens of a page
 
 
-@pytest.fixture(scope="module")
-def model(emulated, tmp_path_factory: pytest.TempPathFactory) -> FusedTransformer:
+class CountingRecorder(CudaRecorder):
+    """CUDA graphs, counted as `FakeRecorder` counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.why: str | None = None
+        self.recorded = self.repeated = self.uploads = 0
+        self.fails = False
+
+    def why_not(self) -> str | None:
+        return self.why
+
+    def record(self, warm_up, body):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        replay = super().record(warm_up, body)
+        self.recorded += 1
+
+        def repeat() -> None:
+            self.repeated += 1
+            replay()
+
+        return repeat
+
+    def upload(self, values, target) -> None:
+        self.uploads += 1
+        super().upload(values, target)
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("hardware", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FusedTransformer:
+    """Emulated with recordings that run the work itself; on a card with CUDA graphs."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
     root: Path = tmp_path_factory.mktemp("graph")
     folder = root / "exl2"
     quantize_folder(write(by_name("llama"), root), folder, "exl2")
-    opened = open_model(folder, "cuda", torch.float16)
+    opened = open_model(folder, "cuda", torch.float16, device="cuda" if request.param == "hardware" else "cpu")
     assert isinstance(opened, FusedTransformer)
     return opened
 
@@ -40,7 +73,7 @@ class Play:
         self, model: FusedTransformer, params: list[SamplingParams], *, pages: int = 12, prompt_length: int = 5
     ) -> None:
         self.model = model
-        self.recorder = FakeRecorder()
+        self.recorder = FakeRecorder() if model.device.type == "cpu" else CountingRecorder(model.device)
         geometry = replace(geometry_of(model.spec, FP16), page_size=SIZE)
         self.caches = [KVStorage(geometry, pages, model.device) for _ in range(2)]
         vocab = model.spec.vocab_size
@@ -57,7 +90,7 @@ class Play:
             prompt = [(number * 7 + 3 * i) % 100 + 5 for i in range(prompt_length + number)]
             pages_of = [self.free.pop() for _ in range(-(-len(prompt) // SIZE))]
             for kv in self.caches:
-                model.forward(eager_batch([(prompt[:-1], 0, pages_of)]), kv)
+                model.forward(moved(eager_batch([(prompt[:-1], 0, pages_of)]), model.device), kv)
             self.slots.append(
                 [
                     chooser.admit(one, seed=number, eos_ids=set(), prompt=prompt, generated=[])
@@ -87,10 +120,11 @@ class Play:
 
     def eager(self, which: Sequence[int]) -> list[int]:
         parts = [([self.tokens[i][-1]], len(self.tokens[i]) - 1, self.pages[i]) for i in which]
-        logits = self.model.forward(eager_batch(parts), self.caches[1])
-        out = torch.empty(len(which), dtype=torch.int64)
+        device = self.model.device
+        logits = self.model.forward(moved(eager_batch(parts), device), self.caches[1])
+        out = torch.empty(len(which), dtype=torch.int64, device=device)
         slots = [self.slots[i][1] for i in which]
-        index = torch.tensor(slots, dtype=torch.int32)
+        index = torch.tensor(slots, dtype=torch.int32, device=device)
         self.choosers[1].sample(logits, index, out, kind=self.choosers[1].kind(slots))
         return out.tolist()
 

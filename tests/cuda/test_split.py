@@ -1,6 +1,7 @@
 """One model over several devices: the plan from numbers, and a tiny model with layers on each of two backends."""
 
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from exl_runtime.model.placement import geometry_of, working_bytes
 from exl_runtime.model.split import GIB, Room, Sizes, Stage, context_for, measure, parse_split, plan_stages, rooms
 from exl_runtime.model.split_model import Bridge, SplitCache, SplitTransformer, load_split
 from exl_runtime.model.summary import stored_weights
+from exl_runtime.ops.linear import workspace_cuda
 from exl_runtime.sampling.params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -124,6 +126,22 @@ def test_sizes_from_headers_are_those_of_info(root, name) -> None:
     with Checkpoint.open(folder) as checkpoint:
         small = measure(checkpoint, spec, cache=cache_type("q4"), context=1000)
     assert small.cache_per_layer < sizes.cache_per_layer / 3
+
+
+def test_the_workspace_of_the_kernels_is_planned_for(emulated, root, monkeypatch) -> None:
+    monkeypatch.setattr(workspace_cuda, "_workspaces", WeakValueDictionary())
+    folder = folder_of(root)
+    spec = resolve(load_config(folder).config, {})
+    with Checkpoint.open(folder) as checkpoint:
+        sizes = measure(checkpoint, spec, cache=FP16, context=1000)
+    model = open_model(folder, "cuda", torch.float16)
+    space = workspace_cuda.workspace(torch.device("cpu"))
+    held = (space.partials, space.tickets, space.staged, space.factors, space.panel, *space.outgrown)
+    assert working_bytes(spec) + sum(t.nbytes for t in held) <= sizes.working
+    widest = max(linear.kernel.matrix.inputs for block in model.blocks for linear in block.linears)
+    exact = workspace_cuda.workspace_bytes(widest, space.processors)
+    padding = 2 * workspace_cuda.MOST_ROWS * 32 * 8
+    assert exact <= sum(t.nbytes for t in held[: -1 if space.outgrown else None]) + padding
 
 
 def test_the_context_is_what_the_tightest_device_holds(root) -> None:

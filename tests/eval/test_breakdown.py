@@ -92,5 +92,5 @@ def test_the_command_tells_one_table_for_each_number_of_threads() -> None:
 
 @pytest.mark.usefixtures("_kernels", "small_memory")
 def test_what_has_no_native_pass_is_refused() -> None:
-    with pytest.raises(UsageError, match="CPU backend only"):
+    with pytest.raises(UsageError, match="backends cpu and cuda only"):
         command("demo", "--backend", "reference", "--threads", "1")

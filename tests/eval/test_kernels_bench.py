@@ -13,6 +13,7 @@ from eval.speed import bandwidth as bandwidth_module
 from eval.speed import kernels
 from eval.speed.cases import Case, Stored, Where, attention_case, linear_cases, matrices, small_cases, stored_as
 from eval.speed.kernels import Bench, Measured, bench, count_cases, facts_of, text_of
+from exl_runtime.cache.types import cache_type
 from exl_runtime.console.progress import QuietReporter
 from exl_runtime.errors import UsageError
 from exl_runtime.ops import native
@@ -50,16 +51,18 @@ def test_linears_compute_what_torch_computes(where: Where, stored: Stored) -> No
 
 
 def test_attention_computes_what_torch_computes(where: Where) -> None:
-    for dtype in (torch.float32, torch.float16):
+    for cache in map(cache_type, ("fp32", "fp16", "q8", "k6v4")):
         for context in (1, 300):
-            case = attention_case(TINY, context, dtype, where)
+            case = attention_case(TINY, context, cache, where)
             ((torch_one, copies),) = case.others.values()
             for copy in range(case.copies):
                 ours, theirs = case.call(copy).flatten(), torch_one(copy).float().flatten()
                 torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
             assert copies == case.copies
-            assert case.nbytes == 2 * context * 2 * 16 * dtype.itemsize
-    assert not torch.equal(case.call(0), case.call(1)), "copies are different memory"
+            assert case.stored == cache.name
+            assert case.nbytes == context * 2 * sum(cache.row_lengths(16)) * cache.dtype.itemsize
+        if not cache.quantized:
+            assert not torch.equal(case.call(0), case.call(1)), "copies are different memory"
 
 
 def test_small_operations_compute_what_torch_computes(where: Where) -> None:
@@ -107,9 +110,9 @@ def test_which_matrices_and_widths() -> None:
 
 
 def test_the_count_is_that_of_the_cases(where: Where) -> None:
-    what = (TINY, STORED, (1, 2), (16,), kernels.KINDS)
+    what = (TINY, STORED, (1, 2), (16,), kernels.KINDS, (cache_type("fp32"), cache_type("q4")))
     cases = list(kernels.all_cases(*what, where))
-    assert len(cases) == count_cases(*what, "cpu")
+    assert len(cases) == count_cases(*what)
     heads = [case for case in cases if case.name.startswith("head") and case.m == 1]
     assert [case.stored for case in heads] == ["exl2 6", "bf16"], "the head once in EXL2, never in GPTQ"
 

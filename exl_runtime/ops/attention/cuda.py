@@ -19,7 +19,7 @@ PREFILL = {"flash": flash.prefill, "sdpa": sdpa.prefill}
 
 @dataclass(slots=True)
 class _Workspace:
-    """Memory of the decode kernel on one device, kept for good: captured graphs point into it.
+    """Memory of the decode kernel on one device. Recorded graphs point into it, outgrown parts included, and hold it.
 
     One stream at a time may use it; torch's default is one stream.
     """
@@ -107,6 +107,24 @@ def run(
         decode,
         prefill,
     )
+
+
+def workspace_on(device: torch.device) -> object:
+    """What a recorded pass has to keep alive."""
+    device = _numbered(device)
+    return _workspaces.get(device) or _grow(device, 0, 0)
+
+
+def release(device: torch.device) -> None:
+    """Let go of the memory on `device`; the next call makes it anew. What a recording holds stays until it is gone."""
+    _workspaces.pop(_numbered(device), None)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """As tensors name it: cuda:0, not cuda."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _workspace(q: Tensor, k_pages: Tensor, pages: Tensor, window: int | None) -> _Workspace:

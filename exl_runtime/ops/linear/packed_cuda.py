@@ -81,7 +81,7 @@ class PackedCuda(LinearKernel):
         if flat.shape[0] <= MOST_ROWS:
             y = self._plan(flat)[0]
         else:
-            y = self._by_library(flat, x.dtype)
+            y = self.by_library(flat, x.dtype)
         return y.view(*x.shape[:-1], self.matrix.outputs)
 
     def float32(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class PackedCuda(LinearKernel):
         if flat.shape[0] <= MOST_ROWS:
             y = self._plan(flat, wide=True)[0]
         else:
-            y = self._by_library(flat, torch.float32)
+            y = self.by_library(flat, torch.float32)
         return y.view(*x.shape[:-1], self.matrix.outputs)
 
     def add_to(self, stream: Tensor, x: Tensor) -> Tensor:
@@ -99,15 +99,15 @@ class PackedCuda(LinearKernel):
         if flat.shape[0] <= MOST_ROWS:
             self._plan(flat, stream=stream)
             return stream
-        return stream.add_(self._by_library(flat, torch.float32))
+        return stream.add_(self.by_library(flat, torch.float32))
 
     @property
     def storage_bytes(self) -> int:
         """See the base class."""
         return self.matrix.nbytes + self._plan.nbytes
 
-    def _by_library(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Many rows: the format's own weights in half precision, panel by panel, through torch's multiplication."""
+    def by_library(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (m, K) -> (m, N) of `dtype`. For many rows: weights in halves, panel by panel, and torch's product."""
         w, space = self.matrix, self._space
         ops = native.cuda_ops(space.device)
         x, factor = into_half(x)

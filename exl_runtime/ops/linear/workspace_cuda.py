@@ -22,6 +22,16 @@ FEWEST_UNITS = 8  # of a segment: two for each part of a block of threads
 PANEL_BYTES = 32 << 20  # of weights in half precision: stays in the second-level cache of most cards
 
 
+def workspace_bytes(inputs: int, processors: int = 192) -> int:
+    """Most bytes that a card's workspace takes for matrices of up to `inputs` inputs, by default on the largest cards.
+
+    Groups that fill their last unit badly can add to it.
+    """
+    partials = (2 * processors * BLOCKS_PER_PROCESSOR + 8) * (GEMM_ROWS * GEMM_WIDTH * 32 * 4 + 4)
+    panel = 2 * max(inputs * 32, min(PANEL_BYTES // 2, inputs * 2048))
+    return partials + 2 * inputs * MOST_ROWS + 4 * MOST_ROWS + panel
+
+
 @dataclass(eq=False)
 class Workspace:
     """One card's buffers. Outgrown ones are kept: a recorded graph may still hold their addresses."""
