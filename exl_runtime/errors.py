@@ -34,6 +34,10 @@ class FormatError(ExlError):
     """The tensors of one matrix do not form a valid EXL2, GPTQ or dense matrix."""
 
 
+class AdapterError(ExlError):
+    """A LoRA adapter is damaged, of a kind this runtime does not know, or made for another model."""
+
+
 class NonFiniteError(ExlError):
     """NaN or infinity in weights, scales or logits."""
 

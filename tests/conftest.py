@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import ahead
 import pytest
 
 # Before torch is imported anywhere: tests of small models lose more time to waking threads than they gain.
@@ -45,12 +46,29 @@ def no_card() -> str | None:
     return None if torch.cuda.is_available() else "no NVIDIA GPU here"
 
 
+BUILDS = pytest.StashKey["subprocess.Popen[bytes]"]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is a card, and are skipped elsewhere."""
+    """What is built ahead is tested last. Tests marked `gpu` run where there is a card, and are skipped elsewhere."""
+    items.sort(key=lambda item: ahead.place(ROOT, item.path))
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if marked and (why := no_card()) is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds for the tests that come last begin beside the first ones."""
+    modules = ahead.wanted(ROOT, [item.path for item in session.items])
+    if modules and not session.config.option.collectonly and hasattr(os, "setpgid"):
+        session.config.stash[BUILDS] = ahead.start(ROOT, modules)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Also after Ctrl-C."""
+    if (builds := config.stash.get(BUILDS, None)) is not None:
+        ahead.stop(builds)
 
 
 def unavailable(backend: str) -> str | None:

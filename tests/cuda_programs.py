@@ -4,16 +4,14 @@ Objects and programs are kept in the build cache under a name made of everything
 run of the tests builds nothing.
 """
 
-import contextlib
 import hashlib
 import os
 import re
 import subprocess
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from kept import kept, sweep
 
 from exl_runtime.errors import BackendUnavailable
 from ext.build import Settings
@@ -48,7 +46,7 @@ def program(driver: Path, mode: str, *, kernels: tuple[Path, ...] | None = None)
         pytest.skip(str(err))
     cache = Settings.from_environment().open_cache() / "emulated" / "programs"
     cache.mkdir(parents=True, exist_ok=True)
-    _sweep(cache)
+    sweep(cache)
     flags = (*COMMON, *MODES[mode])
     runtime = (*COMMON, "-O2", "-Wall", "-Wextra", *(flag for flag in MODES[mode] if flag.startswith("-D")))
     objects = [_object(compiler, cache, file, runtime) for file in RUNTIME]
@@ -56,9 +54,7 @@ def program(driver: Path, mode: str, *, kernels: tuple[Path, ...] | None = None)
         objects.append(_object(compiler, cache, source, flags))
     name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:20]
     target = cache / f"{driver.stem}-{mode}-{name}"
-    if not target.exists():
-        _run(compiler, [*flags, *map(str, objects)], target)
-    return target
+    return _run(compiler, [*flags, *map(str, objects)], target)
 
 
 def run(target: Path, *arguments: str, timeout: float = 240.0) -> "subprocess.CompletedProcess[str]":
@@ -71,14 +67,6 @@ def run(target: Path, *arguments: str, timeout: float = 240.0) -> "subprocess.Co
         timeout=timeout,
         env={**os.environ, **ENVIRONMENT},
     )
-
-
-def _sweep(folder: Path, days: float = 10.0) -> None:
-    """Remove what sources of long ago left."""
-    for file in folder.iterdir():
-        with contextlib.suppress(OSError):
-            if file.is_file() and time.time() - file.stat().st_mtime > days * 86400:
-                file.unlink()
 
 
 def _kernels_of(driver: Path) -> tuple[Path, ...]:
@@ -110,17 +98,16 @@ def key_of(source: Path, facts: tuple[str, ...]) -> str:
 
 def _object(compiler: Compiler, cache: Path, source: Path, flags: tuple[str, ...]) -> Path:
     target = cache / f"{source.stem}-{key_of(source, (compiler.identity, *flags))}.o"
-    if not target.exists():
-        _run(compiler, [*flags, "-c", "-x", "c++", str(source)], target)
-    return target
+    return _run(compiler, [*flags, "-c", "-x", "c++", str(source)], target)
 
 
-def _run(compiler: Compiler, arguments: list[str], target: Path) -> None:
-    """Compile or link into `target`, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        partial = Path(folder) / "result"
-        done = subprocess.run([compiler.path, *arguments, "-o", str(partial)], capture_output=True, text=True)
+def _run(compiler: Compiler, arguments: list[str], target: Path) -> Path:
+    """What the compiler makes of them."""
+
+    def call(beside: Path) -> None:
+        done = subprocess.run([compiler.path, *arguments, "-o", str(beside)], capture_output=True, text=True)
         if done.returncode != 0 and "cannot find" in done.stderr and "san" in done.stderr:
             pytest.skip("this compiler comes without its sanitizers")
         assert done.returncode == 0, f"{target.name} does not build\n{done.stderr[:6000]}"
-        os.replace(partial, target)
+
+    return kept(target, call)

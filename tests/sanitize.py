@@ -8,17 +8,19 @@ import hashlib
 import os
 import re
 import subprocess
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from kept import kept, sweep
 
 from ext.build import Settings, plan_for
 from ext.plan import ISA_FLAGS, Plan, isa_of, ninja_file
 from ext.toolchain import parallel_jobs
 
 CHECKS = Path(__file__).resolve().parent / "native_checks"
-KEEP_DAYS = 14
 # -O1 keeps the kernels fast enough; contraction is off as in the real build, or products would have other bits.
 BASE = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-Wno-psabi", "-fno-omit-frame-pointer")
 
@@ -69,11 +71,12 @@ class Bench:
 
     def build(self, source: Path) -> Path:
         """The program made of one file with a main function and all kernels."""
-        kernels = [ROOT / file for file in self.plan.sources if file.parts[0] == "cpu"]
-        objects = self._compile([source, *kernels])
+        sources = [source, *self._kernels()]
+        with ThreadPoolExecutor(parallel_jobs()) as pool:
+            list(pool.map(self._compile, _slowest_first(sources)))
+        objects = [self._object(each) for each in sources]
         target = self.folder / f"{source.stem}-{_digest([o.name.encode() for o in objects])}"
-        self._run([*self.sanitizer.flags, "-pthread", *map(str, objects)], target)
-        return target
+        return self._run([*self.sanitizer.flags, "-pthread", *map(str, objects)], target)
 
     def start(self, program: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run a program to its end."""
@@ -87,13 +90,16 @@ class Bench:
             env={**os.environ, **self.sanitizer.options},
         )
 
-    def _compile(self, sources: list[Path]) -> list[Path]:
-        """Objects of the sources; the slowest first, or the last one would run alone."""
-        work = {source: self._object(source) for source in sources}
-        slow = sorted(work, key=lambda source: (isa_of(source) is None, -source.stat().st_size))
-        with ThreadPoolExecutor(parallel_jobs()) as pool:
-            list(pool.map(lambda source: self._run(self._flags(source), work[source]), slow))
-        return [work[source] for source in sources]
+    def steps(self, sources: list[Path]) -> list[Callable[[], Path]]:
+        """Builds of the programs' objects, then of the programs: what to do ahead of `build`."""
+        objects = [partial(self._compile, source) for source in _slowest_first([*self._kernels(), *sources])]
+        return [*objects, *(partial(self.build, source) for source in sources)]
+
+    def _kernels(self) -> list[Path]:
+        return [ROOT / file for file in self.plan.sources if file.parts[0] == "cpu"]
+
+    def _compile(self, source: Path) -> Path:
+        return self._run(self._flags(source), self._object(source))
 
     def _flags(self, source: Path) -> list[str]:
         isa = isa_of(source)
@@ -109,23 +115,24 @@ class Bench:
         key = _digest([self.plan.compiler.identity.encode(), flags.encode(), *content])
         return self.folder / f"{source.stem}-{key}.o"
 
-    def _run(self, arguments: list[str], target: Path) -> None:
-        """Call the compiler, unless it made `target` before; a file is whole or absent."""
-        if target.exists():
-            os.utime(target)
-            return
-        beside = target.with_name(f"{target.name}.{os.getpid()}")
-        command = [self.plan.compiler.path, *arguments, "-o", str(beside)]
-        try:
+    def _run(self, arguments: list[str], target: Path) -> Path:
+        """What the compiler makes of them."""
+
+        def call(beside: Path) -> None:
+            command = [self.plan.compiler.path, *arguments, "-o", str(beside)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+
+        return kept(target, call)
 
 
 ROOT = Settings().root
+
+
+def _slowest_first(sources: list[Path]) -> list[Path]:
+    """So that no long one runs alone at the end."""
+    return sorted(sources, key=lambda source: (isa_of(source) is None, -source.stat().st_size))
 
 
 def open_bench(sanitizer: Sanitizer) -> Bench:
@@ -134,11 +141,9 @@ def open_bench(sanitizer: Sanitizer) -> Bench:
     plan = plan_for(settings)
     folder = settings.open_cache() / "sanitized"
     folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        if time.time() - old.stat().st_mtime > KEEP_DAYS * 86400:
-            old.unlink(missing_ok=True)
-    source = folder / "probe.cpp"
-    source.write_text("int main() { return 0; }\n", encoding="utf-8")
+    sweep(folder)
+    text = "int main() { return 0; }\n"
+    source = kept(folder / "probe.cpp", lambda path: path.write_text(text, encoding="utf-8"))
     program = folder / f"probe-{sanitizer.name}-{_digest([plan.compiler.identity.encode()])}"
     known = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     cpu = frozenset(known[1].split() if known else ())

@@ -28,7 +28,7 @@ from ..tables import Table, left, right
 from .spread import short
 from .traffic import Traffic
 
-GREEDY = SamplingParams(temperature=0.0)  # not ignoring the end: that draws by another, slower path
+GREEDY = SamplingParams(temperature=0.0)
 ATTEMPTS = 8
 PRODUCTS = ("project", "out", "mlp", "head")  # phases of the native pass that multiply; `attend` reads the cache
 NATIVE = "native call"  # what of it is no phase: arguments and checks
@@ -39,9 +39,13 @@ PARTS: tuple[tuple[type, str, str], ...] = (
     (Scheduler, "commit", "pages"),
     (Engine, "_advance", "stops and events"),
     (Runner, "run", "runner"),
+    (Runner, "draw", "runner"),
     (Runner, "_plan_of", "describing the batch"),
     (Transformer, "forward_plan", "angles and checks"),
+    (Transformer, "draw_plan", "angles and checks"),
     (NativeStep, "run", NATIVE),
+    (NativeStep, "draw", NATIVE),
+    (Engine, "_hows", "sampling"),
     (Sampler, "sample", "sampling"),
     (Detokenizer, "push", "detokenizing"),
 )

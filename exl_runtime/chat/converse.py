@@ -9,19 +9,24 @@ from . import status
 from .interrupts import gentle_interrupt
 from .screen import Screen
 from .session import ChatSession
+from .thinking import Mode, thoughts_of
 
 
-def show_reply(session: ChatSession, events: Iterator[Event], screen: Screen) -> tuple[Result | None, bool]:
+def show_reply(
+    session: ChatSession, events: Iterator[Event], screen: Screen, thinking: Mode = "show"
+) -> tuple[Result | None, bool]:
     """Run a reply to its end and say what it took. An ExlError is shown, not raised: the conversation goes on.
+    thinking: what becomes of thoughts on the screen.
 
     The result is None when there is none: it failed, or was stopped before a word. The flag says that Ctrl-C was used.
     """
     reply = screen.reply()
     result: Result | None = None
     problem: ExlError | None = None
-    spoken = False
+    spoken = said = False
     forgotten = len(session.forgotten)
     dropped = 0
+    thoughts = thoughts_of(session, thinking)
     with gentle_interrupt(session.cancel) as interrupted:
         try:
             for event in events:
@@ -29,7 +34,11 @@ def show_reply(session: ChatSession, events: Iterator[Event], screen: Screen) ->
                     reply.waiting(f"reading {status.count(event.prompt_tokens - event.reused_tokens)} tokens …")
                 elif isinstance(event, Text) and event.text:
                     spoken = True
-                    reply.text(event.text)
+                    if text := thoughts.push(event.text):
+                        reply.text(text)
+                        said = True
+                    elif thoughts.thinking and not said:
+                        reply.waiting(f"thinking … {status.count(thoughts.words)} words")
                 elif isinstance(event, Dropped):
                     dropped += event.tokens
                 elif isinstance(event, Finished):
@@ -38,7 +47,10 @@ def show_reply(session: ChatSession, events: Iterator[Event], screen: Screen) ->
             pass
         except ExlError as err:
             problem = err
-    if spoken or (result is not None and result.stop_reason not in ("cancelled", "deadline")):
+    if text := thoughts.finish():
+        reply.text(text)
+        said = True
+    if said or (not spoken and result is not None and result.stop_reason not in ("cancelled", "deadline")):
         reply.finish()
     else:
         reply.discard()
@@ -53,6 +65,8 @@ def show_reply(session: ChatSession, events: Iterator[Event], screen: Screen) ->
         screen.notice("stopped; what was said is kept")
     else:
         context = session.runtime.info.context
+        if thoughts.words and thinking == "fold":
+            screen.notice(f"thought for {status.count(thoughts.words)} words (/think show)")
         screen.notice(status.status_line(result, context))
         if warning := status.fullness_warning(result, context, session.settings.overflow):
             screen.warning(warning)

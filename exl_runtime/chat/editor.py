@@ -5,9 +5,9 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
@@ -26,9 +26,11 @@ from .commands import COMMANDS
 from .export import FORMATS
 from .presets import BUILT_IN
 from .settings import setting_names
+from .thinking import MODES
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", "… "
+Models: TypeAlias = Callable[[], Iterable[str]]
 
 
 class Editor(Protocol):
@@ -58,9 +60,10 @@ def assembled(text: str) -> str:
 
 
 class CommandCompleter(Completer):
-    """Names of commands behind a slash, then what the command takes: settings, commands, files."""
+    """Names of commands behind a slash, then what the command takes: settings, commands, files, models."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Models = tuple) -> None:
+        self._models = models
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -85,12 +88,20 @@ class CommandCompleter(Completer):
             for preset in BUILT_IN:
                 if preset.startswith(rest.lower()):
                     yield Completion(preset, start_position=-len(rest))
+        elif name == "think" and " " not in rest:
+            for mode in MODES:
+                if mode.startswith(rest.lower()):
+                    yield Completion(mode, start_position=-len(rest))
         elif name == "export" and " " not in rest:
             for kind in FORMATS:
                 if kind.startswith(rest.lower()):
                     yield Completion(kind, start_position=-len(rest))
-        elif name in ("save", "load", "file", "model", "export"):
+        elif name in ("save", "load", "file", "model", "export", "lora"):
             rest = rest.partition(" ")[2] if name == "export" else rest
+            if name == "model":
+                for known in self._models():
+                    if known.lower().startswith(rest.lower()):
+                        yield Completion(known, start_position=-len(rest))
             inner = Document(rest, len(rest))
             yield from self._paths.get_completions(inner, complete_event)
 
@@ -100,10 +111,10 @@ class PromptEditor:
 
     drafts = True
 
-    def __init__(self, *, coloured: bool = True) -> None:
+    def __init__(self, *, coloured: bool = True, models: Models = tuple) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=open_history(),
-            completer=CommandCompleter(),
+            completer=CommandCompleter(models),
             auto_suggest=AutoSuggestFromHistory(),
             complete_while_typing=True,
             multiline=True,
@@ -209,6 +220,6 @@ class LineEditor:
         """Nothing: without a line editor the terminal itself keeps what was typed."""
 
 
-def make_editor(terminal: Terminal) -> Editor:
-    """The best editor the terminal can run."""
-    return PromptEditor(coloured=terminal.styled) if terminal.editor else LineEditor()
+def make_editor(terminal: Terminal, models: Models = tuple) -> Editor:
+    """The best editor the terminal can run. models: names that /model could open, asked for when they are completed."""
+    return PromptEditor(coloured=terminal.styled, models=models) if terminal.editor else LineEditor()

@@ -22,6 +22,20 @@ def check_model(name: str) -> None:
     summarize(folder)
 
 
+def models_beside(folder: str) -> list[str]:
+    """Models that /model could open: those in the folder around an open one, and the demo."""
+    found = []
+    with suppress(OSError):
+        found = sorted(str(path.parent) for path in Path(folder).resolve().parent.glob("*/config.json"))
+    return [DEMO, *(path for path in found if path != str(Path(folder).resolve()))]
+
+
+def free(device: str) -> int | None:
+    """Bytes free for a longer context or another model, on the GPU if the model is on one; None: unknown."""
+    numbers = dict(in_use(device))
+    return numbers.get("free on the GPU", numbers.get("free on this machine"))
+
+
 def in_use(device: str) -> list[tuple[str, int]]:
     """(what, bytes): of this process, of the machine, and of the GPU if there is one."""
     rows = []

@@ -13,7 +13,7 @@ from ..console.terminal import user_text
 from ..errors import ExlError
 from ..generation.request import Result
 from ..generation.stream import Dropped, Finished, Text
-from . import status
+from . import memory, status
 from .commands import Conversation, handle, message, show_loaded
 from .editor import Editor
 from .interrupts import quiet_keyboard
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def greet(session: ChatSession, screen: Screen) -> None:
     """The start line; for the demo also what it is, what it can answer, and how to open a real model."""
     info = session.runtime.info
-    screen.show(status.start_line(info))
+    screen.show(status.start_line(info, memory.free(info.device)))
     if info.is_demo:
         screen.notice(status.DEMO_NOTICE)
         screen.table([("try", prompt) for prompt in status.DEMO_PROMPTS])

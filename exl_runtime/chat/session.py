@@ -19,6 +19,7 @@ from ..generation.stream import Dropped, Event, Finished, Text
 from . import history
 from .branching import Branching, checked
 from .collected import Collected
+from .continuing import continuation
 from .history import Transcript
 from .record import GrowingReply, Record
 from .session_file import SessionFile, read_session
@@ -260,8 +261,9 @@ class ChatSession(Branching):
         turns = tuple(node.turn for node in record.tree.path(asked))
         try:
             seen = self._messages(turns[self._left :])
+            whole = None if plan.continued is None else continuation(self.runtime, seen, known, self.settings)
             self._stream = self.runtime.stream(
-                seen if plan.continued is None else [*self.runtime.render(seen).ids, *known],
+                seen if whole is None else list(whole.ids),
                 max_tokens=self.settings.max_tokens,
                 sampling=self.settings.sampling,
                 stop=self.settings.stop,
@@ -271,7 +273,7 @@ class ChatSession(Branching):
             with closing(self._stream):
                 if self._stop_asked:  # while the prompt was prepared
                     self._stream.cancel()
-                for event in self._stream:
+                for event in self._stream if whole is None else whole.told(self._stream):
                     collected.take(event)
                     if isinstance(event, Text):
                         reply.take(event)

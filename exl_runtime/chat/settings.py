@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
 from ..generation.grammar import Grammar
-from ..generation.request import OVERFLOWS
+from ..generation.request import OVERFLOWS, Request
 from ..sampling.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
@@ -26,12 +26,16 @@ class ReplySettings:
     """max_tokens: the most tokens of one reply; stop: texts that end it; overflow: "error" | "drop" | "window".
 
     banned_strings: texts that never appear in it; grammar: what it has to look like.
+    stop_ids: tokens that end it; stop_loop: (longest, times), it ends when up to `longest` tokens have come so
+    often in a row.
     """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: tuple[str, ...] = ()
     overflow: str = "drop"
     banned_strings: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    stop_loop: tuple[int, int] | None = None
     grammar: Grammar | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
@@ -45,6 +49,12 @@ class ReplySettings:
             object.__setattr__(self, name, tuple(texts))
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise UsageError(f"grammar is {self.grammar!r:.60}", hint="Grammar.json_schema(...) makes one, say")
+        for name in ("stop_ids", "stop_loop"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.stop_ids, tuple) or not all(type(id) is int and id >= 0 for id in self.stop_ids):
+            raise UsageError(f"stop_ids is {self.stop_ids!r:.80}", hint="give token ids; /tokens TEXT shows them")
+        Request(prompt=(0,), stop_loop=self.stop_loop)  # whose checks these are
         if self.overflow not in OVERFLOWS:
             raise UsageError(f"unknown overflow policy {self.overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
 
@@ -59,6 +69,10 @@ class ReplySettings:
         }
         if self.banned_strings:
             plain["banned_strings"] = list(self.banned_strings)
+        if self.stop_ids:
+            plain["stop_ids"] = list(self.stop_ids)
+        if self.stop_loop is not None:
+            plain["stop_loop"] = list(self.stop_loop)
         if self.grammar is not None:
             plain["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
         return plain
@@ -66,7 +80,12 @@ class ReplySettings:
     @property
     def steering(self) -> dict[str, Any]:
         """The arguments of `Runtime.stream` that are only given when they say something."""
-        steering: dict[str, Any] = {"banned_strings": self.banned_strings, "grammar": self.grammar}
+        steering: dict[str, Any] = {
+            "banned_strings": self.banned_strings,
+            "stop_ids": self.stop_ids,
+            "stop_loop": self.stop_loop,
+            "grammar": self.grammar,
+        }
         return {name: value for name, value in steering.items() if value}
 
     @classmethod
@@ -162,7 +181,7 @@ def parse(name: str, kind: Any, text: str) -> Any:
     if origin in (Union, UnionType):
         inner = [argument for argument in arguments if argument is not type(None)]
         return parse(name, inner[0], text)
-    if origin is tuple:
+    if origin is tuple:  # how many there have to be is checked by whoever takes them
         return tuple(parse(name, arguments[0], word) for word in _words(name, text))
     if origin is not None and issubclass(origin, Mapping):
         return dict(_pair(name, arguments, word) for word in _words(name, text))

@@ -27,19 +27,22 @@ DEMO_WAY_OUT = "A real model: exl chat FOLDER, any local folder with an EXL2, GP
 DEMO_LINE = "this is the bundled toy model; a real one: exl chat FOLDER"
 
 
-def start_line(info: "RuntimeInfo") -> str:
-    """Model, format and bits per weight, context, cache, backend, memory and load time."""
+def start_line(info: "RuntimeInfo", free: int | None = None) -> str:
+    """Model, format and bits per weight, context, cache, backend, memory and load time; `free` bytes of memory left."""
     bits = f"{info.bits_per_weight:.2f} bits per weight"
-    parts = (
+    attention = getattr(info, "attention", "")
+    parts = [
         clean_line(info.name, 80),
         clean_line(f"{info.architecture} {info.format.upper() if info.format != 'dense' else 'dense'}", 80),
         bits,
         f"context {info.context}",
         f"cache {info.cache} {size(info.cache_bytes)}",
         f"{info.backend} on {info.device}" if info.backend != info.device else info.backend,
+        *([f"attention {attention}"] if attention else []),
         f"weights {size(info.weight_bytes)}",
+        *([] if free is None else [f"{size(free)} free"]),
         f"loaded in {info.load_seconds:.1f} s",
-    )
+    ]
     return " · ".join(parts)
 
 
@@ -126,6 +129,11 @@ def count(number: int) -> str:
         if scaled < 999.5 or unit == "G":
             return f"{scaled:.0f}{unit}"
     raise AssertionError("unreachable")
+
+
+def messages(number: int) -> str:
+    """`1 message`, `2 messages`."""
+    return f"{number} message" + ("" if number == 1 else "s")
 
 
 def size(number: float) -> str:

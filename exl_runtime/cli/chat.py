@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..chat.settings import DEFAULT_MAX_TOKENS, ReplySettings
 from ..console.terminal import Terminal, clean_line, user_text
 from ..errors import UsageError
+from ..sampling.params import SamplingParams
 from .options import (
     add_loading,
     add_model,
@@ -38,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser, optional=True)
     add_loading(parser)
     add_reply(parser, overflow=OVERFLOW, max_tokens=None, shown=f"{DEFAULT_MAX_TOKENS}, demo {DEMO_MAX_TOKENS}")
-    add_sampling(parser)
+    add_sampling(parser, temperature=f"default: {SamplingParams().temperature:g}, demo {DEMO_TEMPERATURE:g}")
     group = parser.add_argument_group("the terminal")
     group.add_argument("--load", metavar="FILE", help="go on with a saved conversation, or number N of --list")
     group.add_argument("--resume", action="store_true", help="go on with the conversation that was kept last")
@@ -51,7 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
-    from ..chat import repl
+    from ..chat import memory, repl
     from ..chat.screen import make_screen
 
     if args.resume and args.load is not None:
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     settings = ReplySettings(
         max_tokens=args.max_tokens or DEFAULT_MAX_TOKENS,
         stop=stop_texts(args),
+        stop_ids=tuple(args.stop_id or ()),
+        stop_loop=args.stop_loop,
         overflow=args.overflow,
         sampling=chosen_sampling(args),
     )
@@ -80,16 +83,17 @@ def run(args: argparse.Namespace) -> int:
         from ..chat.editor import make_editor
 
         def open_model(name: str) -> "Runtime":
-            template = args.template if name in (args.model, runtime.info.path) else None
+            same = name in (args.model, runtime.info.path)
+            own = {} if same else {"template": None, "lora": None}  # what belongs to the model of the command line
             return opened.enter_context(
-                open_runtime(argparse.Namespace(**vars(args) | {"model": name, "template": template, "draft": None}))
+                open_runtime(argparse.Namespace(**vars(args) | own | {"model": name, "draft": None}))
             )
 
         repl.greet(session, screen)
         repl.run(
             session,
             screen,
-            make_editor(terminal),
+            make_editor(terminal, lambda: memory.models_beside(session.runtime.info.path)),
             file=None if args.load is None or kept is not None else Path(args.load),
             keep=not args.no_keep,
             open_model=open_model,
@@ -145,5 +149,7 @@ def overlaid(saved: ReplySettings, args: argparse.Namespace) -> ReplySettings:
         sampling=replace(saved.sampling, **given_sampling(args)),
         max_tokens=args.max_tokens or saved.max_tokens,
         stop=stop_texts(args) or saved.stop,
+        stop_ids=tuple(args.stop_id or saved.stop_ids),
+        stop_loop=args.stop_loop or saved.stop_loop,
         overflow=saved.overflow if args.overflow == OVERFLOW else args.overflow,
     )

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 from .options import add_model, add_output, cache_or_auto, length_or_auto
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from ..model.summary import ModelSummary
 
 HELP = "architecture, format, bits per weight by kind of matrix, memory for a context length"
+NOTES_FROM = 36  # columns of the terminal in which the notes on memory have room for a word or two
 USAGE = "MODEL [--context N] [--cache TYPE] [--json]"
 
 
@@ -75,13 +79,13 @@ def show(summary: "ModelSummary") -> None:
     kinds = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", title_justify="left")
     kinds.add_column("kind")
     for heading in ("matrices", "weights", "bits"):
-        kinds.add_column(heading, justify="right")
+        kinds.add_column(heading, justify="right", no_wrap=True)
     kinds.add_column("format")
     for kind in summary.kinds:
         cells = (f"{kind.matrices}", f"{kind.weights:,}", f"{kind.bits_per_weight:.2f}", ", ".join(kind.formats))
         row(kinds, kind.kind, *cells)
     console.print()
-    console.print(kinds)
+    _show(console, kinds, console.measure(kinds, options=console.options.update(max_width=1 << 16)).maximum)
     memory = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     memory.add_column(style="bold", no_wrap=True)
     memory.add_column(justify="right", no_wrap=True)
@@ -92,4 +96,14 @@ def show(summary: "ModelSummary") -> None:
     fits = "fits" if summary.total_bytes <= summary.free_bytes else "does not fit: choose a shorter --context"
     row(memory, "needed", size(summary.total_bytes), f"{size(summary.free_bytes)} are free now: {fits}")
     console.print()
-    console.print(memory)
+    _show(console, memory, NOTES_FROM)
+
+
+def _show(console: "Console", table: "Table", width: int) -> None:
+    """The table where there are `width` columns; else its rows as text: cut numbers would be wrong numbers."""
+    if console.width >= width:
+        console.print(table)
+        return
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        said = [f"{column.header} {cell}".strip() for column, cell in zip(table.columns, cells, strict=True)][1:]
+        console.print(f"{cells[0]}: {', '.join(said)}")

@@ -62,6 +62,20 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="neither start from what an earlier start packed for the CPU kernels, nor keep it on disk",
     )
+    group.add_argument(
+        "--lora",
+        action="append",
+        metavar="FOLDER[=WEIGHT]",
+        type=lora,
+        help="a LoRA adapter on top of the model, with weight 1 unless said; repeatable",
+    )
+    group.add_argument(
+        "--step-tokens",
+        type=positive,
+        metavar="N",
+        default=512,
+        help="most tokens of one pass: fewer let replies go on more smoothly beside a long prompt (default: 512)",
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
         "--gpu-split",
@@ -91,6 +105,15 @@ def add_reply(parser: argparse.ArgumentParser, *, overflow: str, max_tokens: int
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the reply before this text; repeatable")
     group.add_argument(
+        "--stop-id", action="append", type=token_id, metavar="ID", help="end it with this token; repeatable"
+    )
+    group.add_argument(
+        "--stop-loop",
+        type=loop,
+        metavar="N,TIMES",
+        help="end the reply when up to N tokens have come TIMES times in a row; say 32,4",
+    )
+    group.add_argument(
         "--overflow",
         choices=OVERFLOWS,
         default=overflow,
@@ -98,8 +121,8 @@ def add_reply(parser: argparse.ArgumentParser, *, overflow: str, max_tokens: int
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """One option per sampling parameter; `chosen_sampling` reads them back."""
+def add_sampling(parser: argparse.ArgumentParser, *, temperature: str | None = None) -> None:
+    """One option per sampling parameter; `chosen_sampling` reads them back. `temperature`: help where it differs."""
     group = parser.add_argument_group("choosing tokens", "lists are separated by commas; temperature 0 is greedy")
     kinds = sampling_kinds()
     for entry in fields(SamplingParams):
@@ -111,11 +134,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
             continue
         default = SamplingParams.__dataclass_fields__[entry.name].default
         plain = isinstance(default, int | float) and not isinstance(default, bool)
+        usual = f"default: {default:g}" if plain else None
         group.add_argument(
             *flags,
             dest=dest(entry.name),
             metavar=metavar(kinds[entry.name]),
-            help=f"default: {default:g}" if plain else None,
+            help=temperature if temperature and entry.name == "temperature" else usual,
         )
 
 
@@ -130,12 +154,8 @@ def add_constraints(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ban", action="append", metavar="TEXT", help="text that must not appear; repeatable")
     group.add_argument("--prefix", default="", metavar="TEXT", help="the reply begins with this text")
     group.add_argument("--heal", action="store_true", help="the prompt may end within a word (for --raw)")
-    group.add_argument(
-        "--stop-loop",
-        type=loop,
-        metavar="N,TIMES",
-        help="end the reply when up to N tokens have come TIMES times in a row; say 32,4",
-    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="lead the reply away from what follows this prompt")
+    group.add_argument("--guidance", type=float, metavar="X", help="how far away; 1 not at all (default: 1.5)")
 
 
 def chosen_constraints(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +177,7 @@ def chosen_constraints(args: argparse.Namespace) -> dict[str, Any]:
         "prefix": user_text(args.prefix),
         "heal": args.heal,
         "stop_loop": args.stop_loop,
+        "stop_ids": args.stop_id,
     }
 
 
@@ -242,12 +263,28 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             template=args.template,
             draft=args.draft,
             speculate=args.speculate,
+            step_tokens=args.step_tokens,
             progress=progress,
         )
+        if args.lora:
+            try:
+                runtime.set_lora({runtime.load_lora(folder): weight for folder, weight in args.lora})
+            except BaseException:
+                runtime.close()
+                raise
     # What exists by now stays to the end; from here on garbage is collected, among what comes later only.
     gc.freeze()
     gc.enable()
     return runtime
+
+
+def lora(text: str) -> tuple[str, float]:
+    """`FOLDER[=WEIGHT]` of --lora."""
+    folder, sign, number = text.rpartition("=")
+    try:
+        return (folder, float(number)) if sign and folder else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a folder with = in its name
 
 
 def positive(text: str) -> int:
@@ -259,6 +296,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def token_id(text: str) -> int:
+    """A whole number from 0 up."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{clean_message(text)!r} is not a token id")
+    return int(text)
 
 
 def length_or_auto(text: str) -> int | str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..generation.stream import Event
 
 MAX_TOKENS = 256
+GUIDANCE = 1.5
 HELP = "answer one prompt and end; for scripts"
 USAGE = "MODEL -p TEXT [options]"
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.system is not None and (args.raw or args.ids):
         raise UsageError("--system needs a chat template", hint="leave out --raw and --ids, or put it into the prompt")
     prompt = read_prompt(args)
+    constraints |= negative_prompt(args)
     emit = print_json if args.json else TextOutput()
     try:
         with (
@@ -88,6 +90,24 @@ def run(args: argparse.Namespace) -> int:
 def read_prompt(args: argparse.Namespace) -> Any:
     """Text, token ids, or messages, as the options say. Raises UsageError."""
     text = user_text(sys.stdin.read() if args.prompt == "-" else args.prompt)
+    if args.prompt == "-" and not (args.raw or args.ids):
+        text = text.rstrip("\r\n")  # the line end of `echo` is not part of the question
+    return _prompt_of(text, args)
+
+
+def negative_prompt(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Runtime.stream` for --negative-prompt and --guidance: it is made as the prompt is."""
+    if args.negative_prompt is None and args.guidance is None:
+        return {}
+    if args.negative_prompt is None:
+        raise UsageError("--guidance needs --negative-prompt", hint="say what the reply is to be led away from")
+    guidance = GUIDANCE if args.guidance is None else args.guidance
+    if not guidance > 1:  # 1 would be an expensive nothing, less leads towards it
+        raise UsageError(f"--guidance is {guidance:g}", hint="give a number above 1, say 1.5")
+    return {"negative_prompt": _prompt_of(user_text(args.negative_prompt), args), "guidance": guidance}
+
+
+def _prompt_of(text: str, args: argparse.Namespace) -> Any:
     if args.ids:
         try:
             ids = [int(word) for word in text.replace(",", " ").split()]
@@ -102,8 +122,6 @@ def read_prompt(args: argparse.Namespace) -> Any:
         return text
     if not text.strip():
         raise UsageError("the prompt is empty", hint="give some text with -p, or -p - and text on standard input")
-    if args.prompt == "-":
-        text = text.rstrip("\r\n")  # the line end of `echo` is not part of the question
     messages = [{"role": "user", "content": text}]
     return [{"role": "system", "content": user_text(args.system)}, *messages] if args.system is not None else messages
 

@@ -80,6 +80,8 @@ class Decoder:
                 return "a prompt or guesses are in the step"
             if sequence.steering is not None or sequence.shadow is not None or sequence.bans is not None:
                 return "a constraint looks at the logits"
+            if sequence.request.lora:
+                return "an adapter changes the matrices"
             if sequence.scores_prompt:
                 return "log-probabilities of the prompt are wanted"
             if type(sequence.sampler) is not Sampler:

@@ -7,6 +7,7 @@ back in `_retire`, the one way out, whether it finished or failed.
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from ..cache.storage import KVStorage
 from ..cache.window import Cut
 from ..errors import CacheFull, UsageError
 from ..sampling.draw import Draw, with_logprobs
+from ..sampling.sampler import Sampler
 from .decoding import Decoder
 from .request import RequestState, StopReason, TokenLogprob
-from .runner import Runner
+from .runner import How, Runner
 from .scheduler import Chunk, Scheduler, Step
 from .sequence import Sequence
 from .speculation import Speculator
@@ -69,13 +71,20 @@ class Engine:
 
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
+        begun = self._clock()
         self._speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         self._announce(step, events)
         self._speculator.fill(step.decode)
         if step.prefill or step.decode:
             self.totals.steps += 1
+            guessed = None if step.prefill else self._speculator.kind(step.decode)
+            before = sum(len(sequence.generated) for sequence in step.decode)
             self._execute(step.chunks, events)
+            if guessed is not None:
+                tokens = sum(len(sequence.generated) for sequence in step.decode) - before
+                seconds = self._clock() - begun
+                self._speculator.worth.observe(len(step.decode), guessed=guessed, tokens=tokens, seconds=seconds)
         elif self.scheduler.busy and not step.stuck:
             raise RuntimeError("the scheduler has requests but runs none of them")
 
@@ -117,7 +126,10 @@ class Engine:
         if drawn is not None:
             self._take(ready, drawn, events)
             return
-        outcomes = self._runner.run(ready) if ready else []
+        hows = self._hows(ready)
+        outcomes = None if hows is None else self._runner.draw(ready, hows)
+        if outcomes is None:
+            outcomes = self._runner.run(ready) if ready else []
         self._speculator.follow(ready)
         for chunk, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -127,6 +139,24 @@ class Engine:
                 self._settle(chunk, outcome, events)
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
+
+    def _hows(self, chunks: Many[Chunk]) -> list[How] | None:
+        """How all tokens of a pass may be drawn without looking at logits; None if one of them cannot."""
+        if not chunks or not self._runner.draws:
+            return None
+        hows: list[How] = []
+        for chunk in chunks:
+            sequence, sampler = chunk.sequence, chunk.sequence.sampler
+            if sequence.steering is not None or sequence.shadow is not None or sequence.bans is not None:
+                return None
+            if type(sampler) is not Sampler or sequence.scores_prompt:
+                return None
+            index = len(sequence.generated)
+            for place in range(index, index + chunk.rows):
+                if (how := sampler.by_kernel(place)) is None:
+                    return None
+                hows.append(how)
+        return hows
 
     def _take(self, chunks: Many[Chunk], tokens: Many[int], events: list[Event]) -> None:
         """The device drew the tokens itself."""
@@ -143,10 +173,10 @@ class Engine:
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
 
-    def _settle(self, chunk: Chunk, rows: Tensor | None, events: list[Event]) -> None:
+    def _settle(self, chunk: Chunk, rows: Tensor | list[int] | None, events: list[Event]) -> None:
         """A chunk is computed: draw behind it, and behind each of its guesses while the draw before is that guess."""
         sequence, base = chunk.sequence, chunk.stop
-        if sequence.scores_prompt and rows is not None:
+        if sequence.scores_prompt and isinstance(rows, Tensor):
             _score(chunk, rows)
         last = chunk.wants_logits  # before tokens are added
         self.scheduler.commit(chunk)
@@ -154,8 +184,10 @@ class Engine:
             return
         assert rows is not None
         accepted, sequence.drafted_tokens = 0, sequence.drafted_tokens + len(chunk.draft)
-        for place, guess in enumerate((*chunk.draft, None), rows.shape[0] - 1 - len(chunk.draft)):
-            draw = self._draw(sequence, rows[place])  # walking over a tensor would make all rows, and slowly
+        drawn = isinstance(rows, list)
+        for place, guess in enumerate((*chunk.draft, None), len(rows) - 1 - len(chunk.draft)):
+            row = rows[place]  # walking over a tensor would make all rows, and slowly
+            draw = Draw(row) if drawn else self._draw(sequence, row)
             right = draw.id == guess
             accepted += right
             sequence.accepted_tokens += right
@@ -174,7 +206,8 @@ class Engine:
         if sequence.bans is not None:
             sequence.sampler_states.append(sampler.state())
         if sequence.shadow is not None:
-            row = sequence.shadow.guided(row, sequence.generated, compute=self._runner.last_logits)
+            compute = partial(self._runner.last_logits, mix=sequence.request.lora)
+            row = sequence.shadow.guided(row, sequence.generated, compute=compute)
         if steering is None:
             return sampler.sample(row, sequence.prompt, sequence.generated)
         shaped = steering.shape(row, sequence.tokens, len(sequence.generated))

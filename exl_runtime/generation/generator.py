@@ -21,6 +21,7 @@ from ..cache.storage import KVStorage
 from ..errors import PromptTooLong, UsageError
 from ..model.angles import key_frequencies
 from ..model.graph import Recordable, Recorder
+from ..model.lora import Mix
 from .decoding import Decoder
 from .drafting import Drafter
 from .engine import Engine
@@ -199,16 +200,16 @@ class Generator:
                 results[event.request_id] = event.result
         return [results[request_id] for request_id in ids]
 
-    def logits(self, tokens: Many[int]) -> Tensor:
+    def logits(self, tokens: Many[int], *, mix: Mix = ()) -> Tensor:
         """float32 (len(tokens), vocab) on the CPU: what the model expects after every token. Uses no cached prefix.
 
         Raises PromptTooLong, or CacheFull while running requests leave too few pages.
         """
         parts: list[Tensor] = []
-        self.each_logits(tokens, lambda position, rows: parts.append(rows))
+        self.each_logits(tokens, lambda position, rows: parts.append(rows), mix=mix)
         return torch.cat(parts).clone()  # made outside of inference mode: an ordinary tensor
 
-    def each_logits(self, tokens: Many[int], visit: Visit, *, first: int = 0) -> None:
+    def each_logits(self, tokens: Many[int], visit: Visit, *, first: int = 0, mix: Mix = ()) -> None:
         """The same in parts, so that a long text needs little memory: see `Runner.each_logits`. Raises as `logits`."""
         if not 0 < len(tokens) <= self.context:
             raise PromptTooLong(
@@ -223,7 +224,8 @@ class Generator:
                     pages.append(self.table.take())
                 rope_length = self.model.spec.rope_length(len(tokens))
                 chunk = self._scheduler.prefill_tokens
-                self._runner.each_logits(list(tokens), pages, rope_length, visit, first=first, chunk=chunk)
+                each = self._runner.each_logits
+                each(list(tokens), pages, rope_length, visit, first=first, chunk=chunk, mix=mix)
             finally:
                 self.table.release(pages)
 

@@ -9,6 +9,7 @@ from ..cache import window
 from ..cache.prefix import root_key
 from ..config.spec import ModelSpec
 from ..errors import PromptTooLong, UsageError
+from ..model.lora import mix_key
 from ..sampling.sampler import Sampler
 from .banning import Bans
 from .guidance import Shadow
@@ -75,7 +76,7 @@ class Intake:
             request=request,
             order=order,
             tokens=tokens,
-            root=root_key(rope_length),
+            root=mix_key(root_key(rope_length), request.lora),
             rope_length=rope_length,
             limit=limit,
             sampler=self._make_sampler(request, seed),

@@ -13,6 +13,8 @@ from .grammar import Grammar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..model.lora import Mix
+
 Overflow = Literal["error", "drop", "window"]
 OVERFLOWS: tuple[Overflow, ...] = ("error", "drop", "window")
 Speculate = Literal["auto", "ngram", "draft", "off"]
@@ -60,6 +62,7 @@ class Request:
                    and nothing is guessed ahead
     prompt_logprobs  report log-probabilities of the prompt's tokens, and so many of the best beside them; the prompt is
                    computed in full then, nothing of it comes from the cache
+    lora           LoRA adapters of the model and their weights, added up: see `model.lora.mix_of`
     """
 
     prompt: tuple[int, ...]
@@ -85,6 +88,7 @@ class Request:
     prompt_logprobs: int = 0
     negative_prompt: tuple[int, ...] = ()
     guidance: float = 1.0
+    lora: "Mix" = ()
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -17,23 +17,29 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
 from ..model.batch import ForwardBatch, Plan
+from ..model.lora import Adapted, Mix
+from ..model.step import WHOLE
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
 log = logging.getLogger(__name__)
 
 Visit: TypeAlias = Callable[[int, Tensor], None]
-Outcome: TypeAlias = Tensor | Exception | None  # float32 (chunk.rows, vocab) on the CPU; None: no rows were wanted
+# float32 (chunk.rows, vocab) on the CPU, or the tokens drawn behind these rows; None: no rows were wanted.
+Outcome: TypeAlias = Tensor | list[int] | Exception | None
+How: TypeAlias = tuple[float, float, float, Many[int]]  # a draw: temperature (0: the best), min_p, u, banned ids
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """New tokens of one sequence, at cache indices start ... stop - 1 of these pages; positions are `shift` more."""
+    """New tokens of one sequence, at cache indices start ... stop - 1 of these pages, under these adapters; rope
+    positions are `shift` more."""
 
     ids: Many[int]
     pages: Many[int]
     start: int
     stop: int
+    mix: Mix = ()
     shift: int = 0
 
 
@@ -56,6 +62,7 @@ class Runner:
         self.kv = kv
         self._pages_of: tuple[tuple[int, int], ...] = ()
         self._pages = torch.zeros(0)
+        self._adapted: Adapted | None = None
         self._on_cpu = model.device.type == "cpu"
         self._plans = hasattr(model, "forward_plan")  # a Transformer's: no tensors for a few numbers
 
@@ -84,8 +91,45 @@ class Runner:
                 outcomes.append(logits[rows.start : rows.stop] if len(rows) else None)
         return outcomes
 
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` has a chance."""
+        return getattr(self.model, "draws", False)
+
+    def draw(self, chunks: Many[Chunk], hows: Many[How]) -> list[Outcome] | None:
+        """`run` where the model itself draws the tokens behind all rows, one for each of `hows`.
+
+        None: it cannot, or something is wrong with a row. Then `run` has to repeat the pass, and will say what.
+        """
+        plan = self._plan_of(chunks)
+        if len(plan.tokens) > WHOLE or any(plan.mixes):  # adapters are no part of the native pass
+            return None
+        model: Any = self.model
+        draws = [number for how in hows for number in how[:3]]
+        banned = [number for how in hows for number in (len(how[3]), *how[3])]
+        try:
+            tokens = model.draw_plan(plan, self.kv, draws, banned)
+        except Exception as err:
+            log.warning("a pass that draws its tokens failed (%s); running it once more", err)
+            return None
+        if tokens is None or len(chunks) == 1:
+            return None if tokens is None else [tokens or None]
+        outcomes: list[Outcome] = []
+        for chunk in chunks:
+            outcomes.append(tokens[: chunk.rows] or None)
+            del tokens[: chunk.rows]
+        return outcomes
+
     def each_logits(
-        self, tokens: Many[int], pages: Many[int], rope_length: int, visit: Visit, *, first: int, chunk: int
+        self,
+        tokens: Many[int],
+        pages: Many[int],
+        rope_length: int,
+        visit: Visit,
+        *,
+        first: int,
+        chunk: int,
+        mix: Mix = (),
     ) -> None:
         """`visit(position, logits)` for the logits after token `first` and all behind it, at most `chunk` at a time.
 
@@ -94,15 +138,15 @@ class Runner:
         for start in range(0, len(tokens), chunk):
             stop = min(start + chunk, len(tokens))
             wanted = range(max(0, first - start), stop - start)
-            part = Part(tokens[start:stop], pages, start, stop)
+            part = Part(tokens[start:stop], pages, start, stop, mix)
             rows = self.compute(self.plan([part], wanted, (rope_length,), None))
             if len(wanted):
                 visit(start + wanted.start, rows)
 
-    def last_logits(self, ids: Many[int], pages: Many[int], start: int, rope_length: int) -> Tensor:
+    def last_logits(self, ids: Many[int], pages: Many[int], start: int, rope_length: int, *, mix: Mix = ()) -> Tensor:
         """float32 (vocab,) on the CPU: after `ids` at the cache indices from `start`, `PASS` tokens at a time."""
         for at in range(0, len(ids), PASS):
-            part = Part(ids[at : at + PASS], pages, start + at, start + min(at + PASS, len(ids)))
+            part = Part(ids[at : at + PASS], pages, start + at, start + min(at + PASS, len(ids)), mix)
             wanted = [len(part.ids) - 1] if at + PASS >= len(ids) else []
             rows = self.compute(self.plan([part], wanted, (rope_length,), None))
         return rows[0]
@@ -110,11 +154,18 @@ class Runner:
     def compute(self, plan: Plan) -> Tensor:
         """float32 logits (L, vocab) on the CPU, where drawing happens."""
         model: Any = self.model
-        logits = model.forward_plan(plan, self.kv) if self._plans else model.forward(plan.on(model.device), self.kv)
+        if plan.mixes:
+            if self._adapted is None:
+                self._adapted = Adapted(model)
+            logits = self._adapted.forward_plan(plan, self.kv)
+        else:
+            logits = model.forward_plan(plan, self.kv) if self._plans else model.forward(plan.on(model.device), self.kv)
         return logits if self._on_cpu else logits.cpu()
 
     def _plan_of(self, chunks: Many[Chunk]) -> Plan:
-        parts = [Part(c.ids, c.sequence.pages, c.start, c.end, c.sequence.shift) for c in chunks]
+        parts = [
+            Part(c.ids, c.sequence.pages, c.start, c.end, c.sequence.request.lora, c.sequence.shift) for c in chunks
+        ]
         rows: list[int] = []
         end = 0
         for chunk in chunks:
@@ -156,6 +207,7 @@ class Runner:
             pages=self._page_table(parts, identity),
             rope_lengths=rope_lengths,
             logit_rows=rows,
+            mixes=tuple(part.mix for part in parts) if any(part.mix for part in parts) else (),
         )
 
     def _page_table(self, parts: Many[Part], identity: tuple[tuple[int, int], ...] | None) -> Tensor:

@@ -14,6 +14,7 @@ from .lookup import Memory, SuffixIndex
 from .request import RequestState
 from .scheduler import Chunk
 from .sequence import Sequence
+from .worth import Worth
 
 BUDGET = 32  # guesses of one pass, over all requests: more would slow down those that guess badly
 
@@ -24,12 +25,15 @@ class Speculator:
     def __init__(self, drafter: Drafter | None, *, context: int) -> None:
         self.drafter = drafter
         self.memory = Memory()
+        self.worth = Worth()
         self._context = context
+        self._worthwhile = True
 
     def plan(self, running: Iterable[Sequence]) -> None:
         """Say in `wish` how many tokens each decoding sequence would guess, and in `draft` those known already."""
         decoding = [sequence for sequence in running if sequence.state is RequestState.DECODE]
         share = BUDGET // len(decoding) if decoding else 0
+        self._worthwhile = self.drafter is not None and self.worth.allows(len(decoding))
         for sequence in decoding:
             sequence.draft, sequence.wish, sequence.pace = [], 0, None
             left = min(sequence.limit - len(sequence.generated), self._context - len(sequence.tokens)) - 1
@@ -68,6 +72,13 @@ class Speculator:
             sequence.pace.learn(drafted, accepted)
         sequence.draft_length = min(sequence.draft_length, base + accepted)
 
+    def kind(self, decoding: Many[Sequence]) -> bool | None:
+        """Whether the draft model guesses in the step at hand; None: guesses from the text are another matter."""
+        paces = [(sequence.pace, sequence) for sequence in decoding if sequence.room]
+        if self.drafter is None or any(pace is not sequence.model_pace for pace, sequence in paces):
+            return None
+        return bool(paces)
+
     def _wish(self, sequence: Sequence, most: int) -> None:
         mode, steering = sequence.request.speculate, sequence.steering
         if steering is not None and (forced := steering.forced()):
@@ -77,7 +88,8 @@ class Speculator:
             sequence.draft = guess if steering is None else steering.fitting(guess)
             sequence.pace = sequence.lookup_pace if sequence.draft else None
         sequence.wish = len(sequence.draft)
-        if not sequence.draft and mode in ("auto", "draft") and self.drafter is not None:
+        asked = mode == "draft" or (mode == "auto" and self._worthwhile)
+        if not sequence.draft and asked and self.drafter is not None:
             sequence.wish = min(most, sequence.model_pace.allow())
             sequence.pace = sequence.model_pace
 

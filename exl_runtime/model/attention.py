@@ -36,7 +36,6 @@ class Attention:
         self.spec = spec
         self.window = window
         self.query, self.key, self.value, self.out = query, key, value, out
-        self._inputs = (query, key, value)
         self.norms = norms
         self.ops = ops
 
@@ -44,7 +43,10 @@ class Attention:
         self, x: Tensor, batch: ForwardBatch, rope: tuple[Tensor, Tensor], k_pages: Tensor, v_pages: Tensor
     ) -> Tensor:
         spec, ops = self.spec, self.ops
-        q, k, v = (y.view(-1, y.shape[-1] // spec.head_dim, spec.head_dim) for y in project(self._inputs, x))
+        q, k, v = (
+            y.view(-1, y.shape[-1] // spec.head_dim, spec.head_dim)
+            for y in project((self.query, self.key, self.value), x)
+        )
         if self.norms is not None:
             q = ops.rms_norm(q, self.norms.query, spec.norm_eps, spec.norm_weight_offset)
             k = ops.rms_norm(k, self.norms.key, spec.norm_eps, spec.norm_weight_offset)

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from .lora import Mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,7 @@ class Plan:
     pages: Tensor  # on the model's device; the same one from token to token
     rope_lengths: tuple[int, ...]
     logit_rows: Sequence[int]
+    mixes: "tuple[Mix, ...]" = ()  # per sequence, what `lora.Adapted` adds; (): nothing for all of them
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Self:

@@ -18,7 +18,10 @@ class Linear:
         self.bias = bias  # (out_features,) or None
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.kernel(x)
+        return self.finish(self.kernel(x), x)
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """y = x @ W, which may be overwritten, with all that comes on top. What stands around a kernel overrides it."""
         return y if self.bias is None else y.add_(self.bias)
 
     @property
@@ -31,4 +34,4 @@ class Linear:
 def project(linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
     """[linear(x) for linear in linears], in one go where the kernels can: x is then prepared once for all."""
     results = multiply_together([linear.kernel for linear in linears], x)
-    return [y if linear.bias is None else y.add_(linear.bias) for linear, y in zip(linears, results, strict=True)]
+    return [linear.finish(y, x) for linear, y in zip(linears, results, strict=True)]

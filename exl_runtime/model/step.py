@@ -34,14 +34,32 @@ class NativeStep:
         """
         program = self.program
         program.bind(kv.keys, kv.values, angles)
-        sizes = (len(plan.tokens), len(plan.kv_lengths), len(plan.logit_rows))
-        numbers = [*sizes, *plan.tokens, *places, *plan.slots, *plan.q_starts, *plan.kv_lengths, *plan.logit_rows]
-        if sizes[0] <= WHOLE:
+        numbers = _numbers(plan, places)
+        if len(plan.tokens) <= WHOLE:
             return program.run(numbers, plan.pages, 0, program.layers)
         for layer in range(program.layers):
             found = program.run(numbers, plan.pages, layer, layer + 1)
             numbers = []
         return found
+
+    def draw(
+        self,
+        plan: Plan,
+        kv: KVStorage,
+        angles: Sequence[Tensor],
+        places: Sequence[int],
+        draws: Sequence[float],
+        banned: Sequence[int],
+    ) -> list[int]:
+        """A token behind each of the L rows, see `ops.step.Program.draw`; for passes of at most WHOLE tokens."""
+        program = self.program
+        program.bind(kv.keys, kv.values, angles)
+        return program.draw(_numbers(plan, places), plan.pages, draws, banned)
+
+
+def _numbers(plan: Plan, places: Sequence[int]) -> list[int]:
+    sizes = (len(plan.tokens), len(plan.kv_lengths), len(plan.logit_rows))
+    return [*sizes, *plan.tokens, *places, *plan.slots, *plan.q_starts, *plan.kv_lengths, *plan.logit_rows]
 
 
 def native_step(

@@ -3,11 +3,14 @@
 Knows nothing of text, requests or sampling; keys and values live in pages that somebody else hands out.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
@@ -84,6 +87,21 @@ class Transformer:
         with self._alone():
             return self._capped(logits)
 
+    @property
+    def draws(self) -> bool:
+        """Whether `draw_plan` can be called."""
+        return self.spec.logit_softcap is None and self.step is not None
+
+    def draw_plan(self, plan: Plan, kv: KVStorage, draws: Sequence[float], banned: Sequence[int]) -> list[int] | None:
+        """`forward_plan` and a token drawn behind each of its rows, natively, without logits that anybody sees.
+
+        draws, banned: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its logits are
+        not finite; `forward_plan` then says what is wrong. At most `step.WHOLE` tokens.
+        """
+        assert self.step is not None
+        tokens = self.step.draw(plan, kv, *self._angles.rows(plan), draws, banned)
+        return None if -1 in tokens else tokens
+
     def _refuse(self, batch: ForwardBatch, kv: KVStorage) -> NoReturn:
         """The logits are not finite: find the layer."""
         self._run(batch, kv, check=True)
@@ -101,6 +119,13 @@ class Transformer:
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
         self._step, self._step_is_known = None, False
+
+    def with_parts(self, blocks: list[Block], head: Linear) -> Self:
+        """The same model with other blocks and another head; all else is shared."""
+        other = copy(self)
+        other.blocks, other.head = blocks, head
+        other.forget_step()
+        return other
 
     def _capped(self, logits: Tensor) -> Tensor:
         if (cap := self.spec.logit_softcap) is not None:

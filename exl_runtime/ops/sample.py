@@ -9,6 +9,8 @@ Definition of `sample_min_p`, in float64, with m the largest logit:
 Native and reference agree but for sums that differ in their last bit. Knows no sampling settings beyond these.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,31 +20,37 @@ from . import native
 FLOOR = 1e-18
 
 
-def argmax(logits: Tensor) -> int:
+def argmax(logits: Tensor, banned: Sequence[int] = ()) -> int:
     """The index of the largest of float32 (vocab,), the lowest among equals.
 
+    banned  ids of tokens that are not allowed, ascending, each once
     Raises NonFiniteError when they hold a NaN or +infinity, or nothing but -infinity ("not allowed").
     """
     if _native(logits):
-        token = native.ops().best(logits)
+        token = native.ops().draw(logits, 0.0, 0.0, 0.0, banned) if banned else native.ops().best(logits)
     else:
-        token = argmax_reference(logits)
+        token = argmax_reference(_without(logits, banned))
     return _checked(token, logits)
 
 
-def sample_min_p(logits: Tensor, *, temperature: float, min_p: float, u: float) -> int:
+def sample_min_p(logits: Tensor, *, temperature: float, min_p: float, u: float, banned: Sequence[int] = ()) -> int:
     """A token of softmax(logits / temperature) restricted to p >= min_p * max(p): the one at quantile `u`.
 
     logits       float32 (vocab,); -infinity is "not allowed"
     temperature  > 0
     min_p        0 to 1; 0 keeps all
     u            0 <= u < 1; uniform random numbers give the restricted distribution exactly
+    banned       as for `argmax`; they have no share in the distribution
     Raises NonFiniteError as `argmax` does.
     """
     if _native(logits):
-        token = native.ops().sample_min_p(logits, temperature, min_p, u)
+        token = (
+            native.ops().draw(logits, temperature, min_p, u, banned)
+            if banned
+            else native.ops().sample_min_p(logits, temperature, min_p, u)
+        )
     else:
-        token = sample_min_p_reference(logits, temperature=temperature, min_p=min_p, u=u)
+        token = sample_min_p_reference(_without(logits, banned), temperature=temperature, min_p=min_p, u=u)
     return _checked(token, logits)
 
 
@@ -62,6 +70,15 @@ def sample_min_p_reference(logits: Tensor, *, temperature: float, min_p: float, 
     running = weights[kept].cumsum(0)
     place = int((running <= u * running[-1]).sum())
     return int(kept[min(place, kept.numel() - 1)])
+
+
+def _without(logits: Tensor, banned: Sequence[int]) -> Tensor:
+    """A NaN or infinity stays: it says that the rest is in doubt, too."""
+    if not banned:
+        return logits
+    ids = torch.tensor(banned)
+    removed = torch.where(logits[ids] < torch.inf, -torch.inf, logits[ids])
+    return logits.index_copy(0, ids, removed)
 
 
 def _native(logits: Tensor) -> bool:

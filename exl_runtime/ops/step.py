@@ -102,8 +102,9 @@ class Program:
                 layer.rope,
             )
         self.layers = len(layers)
-        self._run = ops.step_run
+        self._run, self._draw = ops.step_run, ops.step_draw
         self._bound: tuple[object, ...] = (None, None, None)
+        self._pages: Tensor | None = None
 
     def bind(self, keys: Tensor, values: Tensor, angles: Sequence[Tensor]) -> None:
         """What the next passes read and write; costs nothing while these are the same objects.
@@ -125,6 +126,19 @@ class Program:
         Returns float32 logits (L, vocab), empty if `last` is not the end, and whether all of them are finite.
         """
         return self._run(self._number, plan, pages, first, last)  # type: ignore[no-any-return]
+
+    def draw(self, plan: Sequence[int], pages: Tensor, draws: Sequence[float], banned: Sequence[int]) -> list[int]:
+        """A whole pass, and a token behind each of its L rows of logits, as `ops.sample` draws it.
+
+        plan, pages  see `run`; `pages` is passed on while it is the same object as in the call before
+        draws        temperature (0: the best token), min_p and u of every row
+        banned       for every row how many ids are not allowed, then these, ascending
+        A token is -1 where the logits are no distribution; all are if any logit is not finite.
+        """
+        if pages is not self._pages:
+            native.ops().step_pages(self._number, pages)
+            self._pages = pages
+        return self._draw(self._number, plan, draws, banned)  # type: ignore[no-any-return]
 
     def times(self, timed: bool = True) -> dict[str, float]:
         """Seconds spent in each phase since the last call of this; from now on passes are timed, or not."""

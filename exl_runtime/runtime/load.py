@@ -14,6 +14,7 @@ from ..config.resolve import resolve
 from ..config.spec import ModelSpec
 from ..errors import ConfigError, NoTemplate, TemplateError, UsageError
 from ..generation.request import SPECULATE, Speculate
+from ..generation.scheduler import PREFILL_TOKENS
 from ..model.attending import attention_lines
 from ..model.loader import load_transformer
 from ..model.placement import (
@@ -26,7 +27,7 @@ from ..model.placement import (
 )
 from ..model.summary import stored_weights
 from ..ops import native
-from ..ops.attention.choose import refusal
+from ..ops.attention.choose import describe, refusal
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ from .spread import check_split, open_spread
 
 DEMO = "demo"
 ACCURACIES = ("exact", "fast")
+MOST_STEP_TOKENS = 8192
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 log = logging.getLogger("exl_runtime")
 
@@ -56,6 +58,7 @@ def load(
     draft: str | Path | None = None,
     speculate: Speculate = "auto",
     packed_cache: bool = True,
+    step_tokens: int = PREFILL_TOKENS,
     progress: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Open a model.
@@ -78,6 +81,8 @@ def load(
     speculate  where guesses come from when a request does not say: "auto" | "ngram" | "draft" | "off"
     packed_cache  on the CPU, keep what quantized models of 64 MB and more are repacked into under the user's cache
               folder (about the model's size; the three used last; README, "The packed cache"), and start from that
+    step_tokens  most tokens of one step: what running replies do not need of it is for prompts. Fewer keep replies that
+              run beside a long prompt more fluent, more read the prompt faster
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
@@ -90,6 +95,8 @@ def load(
         )
     if accuracy not in ACCURACIES:
         raise UsageError(f"accuracy is {accuracy!r}", hint=f"use one of {', '.join(ACCURACIES)}")
+    if isinstance(step_tokens, bool) or not isinstance(step_tokens, int) or not 1 <= step_tokens <= MOST_STEP_TOKENS:
+        raise UsageError(f"step_tokens is {step_tokens!r}", hint=f"give a number of tokens up to {MOST_STEP_TOKENS}")
     check_split(gpu_split, device, backend)
     folder = find(model)
     draft_folder = None if draft is None else find(draft)
@@ -137,7 +144,7 @@ def load(
             accuracy=accuracy,
         )
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
-        return Runtime(**parts, info=info, speculate=speculate)
+        return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
@@ -177,6 +184,7 @@ def load(
         load_seconds=time.perf_counter() - started,
         is_demo=folder == DEMO_FOLDER,
         accuracy=accuracy,
+        attention=attention_of(kernels, spec, kv),
     )
     drafting = None
     if draft_folder is not None:
@@ -198,7 +206,18 @@ def load(
         info=info,
         draft=drafting,
         speculate=speculate,
+        step_tokens=step_tokens,
     )
+
+
+def attention_of(backend: str, spec: ModelSpec, kv: KVStorage) -> str:
+    """What attends over prompts, in a word."""
+    if backend != "cuda":
+        return "native" if backend == "cpu" else backend
+    pages, windows = kv.layer(0)[0], dict.fromkeys(layer.window for layer in spec.layers)
+    options = {"head_dim": spec.head_dim, "pages": pages, "softcap": spec.attention_softcap}
+    names = [describe(pages.device, window=window, **options)["prefill"].name for window in windows]
+    return "+".join(dict.fromkeys(names))
 
 
 def find(model: str | Path) -> Path:

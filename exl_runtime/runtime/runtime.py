@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..cache.window import SINKS
 from ..errors import UsageError
 from ..generation.generator import Generator
 from ..generation.request import OVERFLOWS, Request, Result, Speculate
+from ..generation.scheduler import PREFILL_TOKENS
 from ..generation.stream import Event
 from ..model.graph_cuda import recorder_for
 from ..model.split_model import SplitCache, SplitTransformer, devices_of, free_devices
@@ -21,7 +23,9 @@ from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
+from .lora import Given, LoraInfo, Loras
 from .prepare import Message, Preparer, Prompt, Rendered, is_batch
+from .samples import expanded
 from .steer import Steer, checked
 from .stream import Stream
 
@@ -50,6 +54,7 @@ class RuntimeInfo:
     load_seconds: float
     is_demo: bool
     accuracy: str = "exact"  # or "fast", see `load`
+    attention: str = ""  # what attends over prompts: "native", "reference", or on a card "flash", "sdpa" or "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +95,22 @@ class Runtime:
         info: RuntimeInfo,
         draft: tuple[Transformer, KVStorage] | None = None,
         speculate: Speculate = "auto",
+        step_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self.info = info
         self._speculate = speculate
         self.tokenizer = tokenizer
         self.template = template
         self._generator: Generator | None = Generator(
-            model, kv, tokenizer, context=info.context, draft=draft, recorder=recorder_for(model)
+            model,
+            kv,
+            tokenizer,
+            context=info.context,
+            prefill_tokens=step_tokens,
+            draft=draft,
+            recorder=recorder_for(model),
         )
+        self._loras = Loras(model)
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )
@@ -117,6 +130,7 @@ class Runtime:
         overflow: str = "error",
         deadline: float | None = None,
         logprobs: int = 0,
+        n: int | None = None,
         **steer: Unpack[Steer],
     ) -> Any:
         """Run to the end: a Result for one prompt, a list of Results for a list of prompts.
@@ -128,9 +142,11 @@ class Runtime:
                     "drop" (oldest turns or tokens leave before the start), "window" (and again whenever it is full)
         deadline    seconds, queueing included; then the reply ends with stop_reason "deadline"
         logprobs    report the log-probability of every token and of the n best alternatives
+        n           so many replies to each prompt, which is computed once: in place of each Result a list of n Results,
+                    the i-th as if asked for alone with seed + i
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
         banned_strings, prefix, heal, stop_loop, processors (functions of ids and logits), prompt_logprobs,
-        negative_prompt (as `prompt`) with guidance (a number above 1).
+        negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """
@@ -146,9 +162,11 @@ class Runtime:
             self._request(one, max_tokens, params, stop, overflow, deadline, logprobs, steer)
             for one, params in zip(prompts, chosen, strict=True)
         ]
-        results = self._engine().run(requests)
+        results: list[Any] = self._engine().run(requests if n is None else expanded(requests, n))
         for result in results:
             self._count(result)
+        if n is not None:
+            results = [results[start : start + n] for start in range(0, len(results), n)]
         return results if many else results[0]
 
     def stream(
@@ -184,25 +202,52 @@ class Runtime:
             stream.cancel()
             await asyncio.to_thread(stream.close)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def logits(self, ids: Sequence[int], *, lora: Given = None) -> Tensor:
         """float32 (tokens, vocab) on the CPU: after every token, the scores of the next one. Reads no cached prefix.
 
         Raises PromptTooLong when `ids` do not fit the context, UsageError for ids the model does not have.
         """
-        return self._engine().logits(self._checked(ids))
+        return self._engine().logits(self._checked(ids), mix=self._loras.mix(lora))
 
-    def each_logits(self, ids: Sequence[int], visit: Callable[[int, Tensor], None], *, first: int = 0) -> None:
+    def each_logits(
+        self, ids: Sequence[int], visit: Callable[[int, Tensor], None], *, first: int = 0, lora: Given = None
+    ) -> None:
         """What `logits` gives, in parts and in order: `visit(position, rows)`.
 
         rows    float32 (n, vocab) on the CPU, after the tokens position ... position + n - 1; valid during the call
         first   position of the first row wanted; those before it cost no pass through the head
         `visit` must not call this runtime. Raises as `logits`, and whatever `visit` raises.
         """
-        self._engine().each_logits(self._checked(ids), visit, first=first)
+        self._engine().each_logits(self._checked(ids), visit, first=first, mix=self._loras.mix(lora))
 
     def remember(self, text: str | Sequence[int]) -> None:
         """Let guesses ahead come from this text too: a document to be quoted, a saved conversation. Costs no pass."""
         self._engine().remember(self.tokenizer.encode(text) if isinstance(text, str) else self._checked(text))
+
+    # --- adapters ---------------------------------------------------------------------------------------------
+
+    def load_lora(self, path: str | Path, name: str | None = None) -> str:
+        """Load a LoRA adapter (a folder as peft writes it) beside the model, and return its name: that of the folder
+        unless given. It changes nothing until a request asks for it (`lora={"name": weight}`) or `set_lora` does.
+
+        Raises AdapterError, ConfigError or CheckpointError for an adapter that is damaged, of another model, or of a
+        kind that is not supported (DoRA, embeddings, experts ...), UsageError for a name in use.
+        """
+        self._engine()
+        return self._loras.load(path, name)
+
+    def unload_lora(self, name: str) -> None:
+        """Free an adapter. Requests that run with it go on."""
+        self._loras.unload(name)
+
+    def set_lora(self, lora: Given) -> None:
+        """The adapters of requests that do not say: {"name": weight, ...}, a name, several names; None: none."""
+        self._loras.set(lora)
+
+    @property
+    def loras(self) -> tuple[LoraInfo, ...]:
+        """The adapters that are loaded."""
+        return self._loras.infos
 
     # --- conversations ----------------------------------------------------------------------------------------
 
@@ -256,6 +301,7 @@ class Runtime:
     def close(self) -> None:
         """Free the weights and the cache. Any further call raises UsageError."""
         generator, self._generator = self._generator, None
+        self._loras.clear()
         if generator is not None:
             devices = devices_of(generator.model)
             del generator
@@ -309,6 +355,7 @@ class Runtime:
     def _steered(self, steer: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of a Request."""
         fields = checked(steer)
+        fields["lora"] = self._loras.mix(fields.get("lora"))
         if "negative_prompt" in fields:
             negative = fields["negative_prompt"]
             prepare = self._preparer.prepare

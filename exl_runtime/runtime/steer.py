@@ -3,14 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from ..errors import UsageError
 from ..generation.grammar import Grammar
 from ..generation.request import Processor, Speculate
+from .lora import Given
 from .prepare import Prompt
 
 
 class Steer(TypedDict, total=False):
     """Keyword arguments of `Runtime.generate` and `stream`; what they mean is said at `generation.request.Request`."""
 
+    stop_ids: Sequence[int] | None
     speculate: Speculate
     grammar: Grammar | None
     banned_strings: str | Sequence[str] | None
@@ -21,6 +24,7 @@ class Steer(TypedDict, total=False):
     prompt_logprobs: int
     negative_prompt: "Prompt"
     guidance: float
+    lora: "Given"
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +39,15 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     if "processors" in fields:
         given = fields["processors"]
         fields["processors"] = (given,) if callable(given) else tuple(given or ())
+    if "stop_ids" in fields:
+        fields["stop_ids"] = _ids(fields["stop_ids"])
     if fields.get("stop_loop") is not None:
         fields["stop_loop"] = tuple(fields["stop_loop"])
     return fields
+
+
+def _ids(given: Any) -> frozenset[int]:
+    ids = () if given is None else (given,) if isinstance(given, int) else given
+    if isinstance(ids, str) or any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise UsageError(f"stop_ids is {given!r:.80}", hint="give a list of token ids; `stop` takes texts")
+    return frozenset(ids)

@@ -167,6 +167,14 @@ def _id_steps(p: SamplingParams, vocab_size: int, dry_breaker_ids: Set[int]) -> 
     return {"logit_bias": bias, "penalties": classic, "dry": dry, "no_repeat_ngram": ngram, "xtc": xtc}
 
 
+def never_chosen(p: SamplingParams, vocab_size: int, eos_ids: Set[int] | None) -> tuple[set[int], set[int]]:
+    """Ids that must not be chosen: ever, and before `p.min_tokens` tokens are there. The allowed ones are not asked."""
+    eos = {token for token in eos_ids or () if 0 <= token < vocab_size}
+    vetoed = {token for token, amount in p.logit_bias.items() if amount == -np.inf}
+    always = {*p.banned_tokens, *vetoed, *(eos if p.ignore_eos else ())}
+    return always, always | eos if p.min_tokens else always
+
+
 def _mask_step(p: SamplingParams, vocab_size: int, eos_ids: Set[int] | None) -> Transform | None:
     """What must never be chosen, whatever the order of the other steps. None: nothing is."""
     if eos_ids is None and (p.min_tokens or p.ignore_eos):
@@ -174,8 +182,7 @@ def _mask_step(p: SamplingParams, vocab_size: int, eos_ids: Set[int] | None) -> 
         raise UsageError(f"{name} is set, but the end tokens are not known", hint="pass eos_ids, or leave it out")
     eos = {token for token in eos_ids or () if 0 <= token < vocab_size}
     vetoed = [token for token, amount in p.logit_bias.items() if amount == -np.inf]
-    always = {*p.banned_tokens, *vetoed, *(eos if p.ignore_eos else ())}
-    early = always | eos if p.min_tokens else always
+    always, early = never_chosen(p, vocab_size, eos_ids)
     named = {"banned_tokens": p.banned_tokens, "logit_bias": vetoed, "allowed_tokens": p.allowed_tokens}
     for name, tokens in named.items():
         _ids(name, tokens or (), vocab_size)

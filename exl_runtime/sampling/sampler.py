@@ -19,11 +19,12 @@ from .history import History
 from .order import active_steps, is_dynamic, is_greedy
 from .params import SamplingParams
 from .penalties import Tokens
-from .pipeline import Turn, build_pipeline
+from .pipeline import Turn, build_pipeline, never_chosen
 from .random import uniform
 from .transforms import REMOVED, Logits
 
 _NO_HISTORY: Tokens = np.empty(0, dtype=np.int64)
+_FEW = 64  # banned tokens that a kernel steps around
 
 
 class Sampler:
@@ -53,9 +54,10 @@ class Sampler:
         self.pipeline = build_pipeline(params, vocab_size=vocab_size, eos_ids=eos_ids, dry_breaker_ids=dry_breaker_ids)
         self._greedy = is_greedy(params)
         self._history = History(vocab_size) if any(step.looks_back for step in self.pipeline) else None
-        # A kernel does temperature, min_p and draw in one pass; it takes over where the pipeline is just that.
-        masked = any(step.name == "masks" for step in self.pipeline)
-        plain = not masked and not is_dynamic(params) and params.min_keep == 1
+        # A kernel does bans, temperature, min_p and draw in one pass; it takes over where the pipeline is just that.
+        always, early = never_chosen(params, vocab_size, eos_ids)
+        self._banned, self._banned_early = sorted(always), sorted(early)
+        plain = params.allowed_tokens is None and len(early) <= _FEW and not is_dynamic(params) and params.min_keep == 1
         self._fused = plain and active_steps(params) in ((), ("temperature",), ("min_p",), ("temperature", "min_p"))
 
     def sample(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> Draw:
@@ -69,10 +71,10 @@ class Sampler:
         if logits.dim() != 1 or logits.shape[0] != self.vocab_size:
             raise ValueError(f"logits have shape {tuple(logits.shape)}, the sampler was made for ({self.vocab_size},)")
         index = len(generated)
-        raw = None
+        raw = token = None
         if self._fused and native.loaded() and logits.is_cpu:
             token = self._draw_fused(logits if logits.dtype == torch.float32 else logits.float(), index)
-        else:
+        if token is None:
             raw = _row(logits)
             _check(raw, index)
             history = _NO_HISTORY if self._history is None else self._history.tokens(prompt, generated)
@@ -80,6 +82,18 @@ class Sampler:
         if not self.params.logprobs:
             return Draw(token)
         return with_logprobs(token, _row(logits) if raw is None else raw, self.params.logprobs)
+
+    def by_kernel(self, index: int) -> tuple[float, float, float, Sequence[int]] | None:
+        """How a kernel may draw reply token `index` in place of `sample`, to the same result; None: only `sample` can.
+
+        Temperature (0: the best token), min_p, the random number of this token, banned ids in ascending order.
+        """
+        if not self._fused or self.params.logprobs:
+            return None
+        banned = self._banned_early if index < self.params.min_tokens else self._banned
+        if self._greedy:
+            return 0.0, 0.0, 0.0, banned
+        return self.params.temperature, self.params.min_p, uniform(self.seed, index), banned
 
     def guess(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> int:
         """The token `sample` would draw from these logits, without having drawn it: nothing is remembered.
@@ -106,11 +120,19 @@ class Sampler:
         for observer, values in zip(observers, state, strict=True):
             vars(observer).update(values)
 
-    def _draw_fused(self, logits: Tensor, index: int) -> int:
-        if self._greedy:
-            return kernels.argmax(logits)
+    def _draw_fused(self, logits: Tensor, index: int) -> int | None:
+        """None: the masks leave no token, and the pipeline will say so."""
         p = self.params
-        return kernels.sample_min_p(logits, temperature=p.temperature, min_p=p.min_p, u=uniform(self.seed, index))
+        banned = self._banned_early if index < p.min_tokens else self._banned
+        try:
+            if self._greedy:
+                return kernels.argmax(logits, banned)
+            u = uniform(self.seed, index)
+            return kernels.sample_min_p(logits, temperature=p.temperature, min_p=p.min_p, u=u, banned=banned)
+        except NonFiniteError:
+            if not banned:
+                raise
+            return None
 
     def _choose(self, raw: Logits, turn: Turn) -> int:
         x, ids = raw, None  # ids[i] is the token of x[i]; None: x is the whole row

@@ -15,6 +15,7 @@ from .settings import Settings
 
 MOST_STOPS = 16
 MOST_BANNED = 256
+MOST_STOP_IDS = 1024
 MOST_CHOICES = 64
 MOST_PROMPTS = 256
 MOST_LOGPROBS = 100
@@ -31,7 +32,8 @@ class Ask:
 
     logprobs   None: none; else how many of the best tokens beside the drawn one
     deadline   seconds, queueing included
-    grammar    what the reply has to match; `banned_strings`: what it must not contain
+    grammar    what the reply has to match; `banned_strings`: what it must not contain; `stop_ids`: what ends it
+    stop_loop  (longest, times): it ends when up to `longest` tokens came so often in a row
     """
 
     n: int
@@ -45,6 +47,8 @@ class Ask:
     deadline: float | None
     grammar: Grammar | None
     banned_strings: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    stop_loop: tuple[int, int] | None
 
     def order(self, prompt: Any, sample: int) -> dict[str, Any]:
         """The arguments of `Runtime.stream` for one sequence. With a seed, every sample has its own, the same each
@@ -62,6 +66,8 @@ class Ask:
             "logprobs": 0 if self.logprobs is None else max(1, self.logprobs),
             "grammar": self.grammar,
             "banned_strings": self.banned_strings,
+            "stop_ids": self.stop_ids,
+            "stop_loop": self.stop_loop,
         }
 
 
@@ -192,7 +198,16 @@ def _common(given: Fields, settings: Settings, max_tokens: int | None) -> dict[s
         "deadline": given.seconds("deadline"),
         "grammar": read_guide(given),
         "banned_strings": given.strings("banned_strings", MOST_BANNED),
+        "stop_ids": given.wholes("stop_token_ids", MOST_STOP_IDS),
+        "stop_loop": _loop(given),
     }
+
+
+def _loop(given: Fields) -> tuple[int, int] | None:
+    pair = given.wholes("stop_loop", 2)
+    if pair and (len(pair) != 2 or pair[0] < 1 or pair[1] < 2):
+        raise given.wrong("stop_loop", "must be [longest, times], say [32, 4]", list(pair))
+    return (pair[0], pair[1]) if pair else None
 
 
 def _sampling(given: Fields, defaults: SamplingParams) -> SamplingParams:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..tokenizer.reasoning import Marks, ReasoningSplitter, begins_inside, marks_of, partial_end
-from ..tokenizer.tool_calls import LIST, Schemas, Syntax, ToolCall, ToolCallParser, syntaxes_of
+from ..tokenizer.tool_calls import Schemas, Syntax, ToolCall, ToolCallParser, syntaxes_of
 
 Delta: TypeAlias = "tuple[Literal['reasoning', 'content'], str] | ToolCall"
 
@@ -36,8 +36,7 @@ class Form:
         syntaxes = syntaxes_of(sources) if schemas else ()
         inside = marks is not None and begins_inside(prompt, marks)
         special = {runtime.tokenizer.piece(token) for token in runtime.tokenizer.special_ids}
-        wanted = {syntax.opening for syntax in syntaxes}
-        wanted |= {syntax.closing for syntax in syntaxes} | ({"[ARGS]", "[CALL_ID]"} if LIST in syntaxes else set())
+        wanted = {mark for syntax in syntaxes for mark in syntax.marks}
         wanted |= {marks.opening, marks.closing} if marks is not None else set()
         # Marks that are special tokens only show if all special tokens do; the others are then removed here.
         hidden = frozenset(special - wanted) if special & wanted else frozenset()

@@ -81,6 +81,17 @@ class Fields:
             raise ApiError(400, f"{self._where}{name} has {len(texts)} entries, at most {most} are allowed", param=name)
         return tuple(texts)
 
+    def wholes(self, name: str, most: int) -> tuple[int, ...]:
+        """A list of whole numbers from 0; empty when absent."""
+        values = self.items(name)
+        if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
+            raise self.wrong(name, "must be a list of whole numbers from 0", values)
+        if len(values) > most:
+            raise ApiError(
+                400, f"{self._where}{name} has {len(values)} entries, at most {most} are allowed", param=name
+            )
+        return tuple(values)
+
     def ignore(self, *names: str) -> None:
         """Fields that change nothing here."""
         for name in names:

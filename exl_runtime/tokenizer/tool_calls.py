@@ -7,6 +7,10 @@ How a call is written depends on the chat template; the forms are named by their
     function   <function=NAME> {...} </function>
     list       [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], or [TOOL_CALLS]NAME[ARGS]{...}, to the end
     python     <|python_tag|> {"name": ..., "parameters": {...}}; ..., to the end
+    sections   <calls begin> <call begin> function <sep> NAME ```json {...} ``` <call end> ... <calls end>, or
+               NAME <sep> {...} in between; the marks as `_wide` writes them
+    piped      <|tool_call|> [{"name": ..., "arguments": {...}}, ...] <|/tool_call|>, where tools stand in <|tool|>
+    named list functools[{"name": ..., "arguments": {...}}, ...], to the end, there too
     bare       a reply that begins with {"name": ..., "parameters": {...}}: nothing else in it
     fenced     ```json {"name": ..., "arguments": {...}} ```
 
@@ -26,6 +30,7 @@ _NAME = re.compile(r"[\w.:-]{1,128}")
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>\s*)?\Z", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 _ARGS = re.compile(r"\s*([\w.:-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
+_NAME_AND_FENCE = re.compile(r"\s*([\w.:-]+)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _BARE_LENGTH = 40  # characters that tell whether a reply is a bare call
 _BARE = re.compile(r'\{\s*"(?:name|function|type|id|arguments|parameters)"')
@@ -45,17 +50,29 @@ Schemas: TypeAlias = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema
 
 @dataclass(frozen=True, slots=True)
 class Syntax:
-    """One way of writing calls: what they begin with, what they end with ("": the reply's end), what is between."""
+    """One way of writing calls: what they begin with, what they end with ("": the reply's end), what is between.
+
+    inner   further marks, which may be special tokens as the outer ones
+    marker  what a template spells out that means it; "": the opening
+    """
 
     opening: str
     closing: str
     read: Callable[[str, Schemas], list[ToolCall] | None]
+    inner: tuple[str, ...] = ()
+    marker: str = ""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """All texts that belong to the form itself."""
+        return frozenset((self.opening, self.closing, *self.inner)) - {""}
 
 
 def syntaxes_of(templates: Mapping[str, str]) -> tuple[Syntax, ...]:
     """Those that a model's chat templates spell out, and the fence, which every model may use."""
     source = "\0".join(templates.values())
-    found = [syntax for syntax in (TAGGED, LIST, PYTHON) if syntax.opening in source]
+    known = (TAGGED, LIST, PYTHON, SECTIONS, PIPED, NAMED_LIST)
+    found = [syntax for syntax in known if (syntax.marker or syntax.opening) in source]
     if TAGGED not in found and FUNCTION.opening in source:
         found.append(FUNCTION)
     return (*found, FENCED)
@@ -258,9 +275,38 @@ def _list_calls(body: str, schemas: Schemas) -> list[ToolCall] | None:
     return calls
 
 
+def _section_calls(body: str, schemas: Schemas) -> list[ToolCall] | None:
+    calls: list[ToolCall] = []
+    for part in body.split(CALL_BEGIN)[1:]:
+        head, mark, rest = part.partition(CALL_END)[0].partition(SEPARATOR)
+        if fenced := _NAME_AND_FENCE.fullmatch(rest):
+            head, rest = fenced.groups()
+        arguments = _loads(rest)
+        call = _call({"name": head.strip(), "arguments": arguments}) if isinstance(arguments, dict) else None
+        if not mark or call is None:
+            return None
+        calls.append(call)
+    return calls
+
+
+def _named_list_calls(body: str, schemas: Schemas) -> list[ToolCall] | None:
+    return _json_calls(f"[{body}", schemas)
+
+
+def _wide(name: str) -> str:
+    """A mark with full-width bars, and a low line block for every blank, as some vocabularies spell them."""
+    return f"<\uff5c{name}\uff5c>".replace(" ", "\u2581")
+
+
+CALL_BEGIN, SEPARATOR, CALL_END = _wide("tool call begin"), _wide("tool sep"), _wide("tool call end")
 TAGGED = Syntax("<tool_call>", "</tool_call>", _tagged_calls)
 FUNCTION = Syntax("<function=", "</function>", _function_calls)
-LIST = Syntax("[TOOL_CALLS]", "", _list_calls)
+LIST = Syntax("[TOOL_CALLS]", "", _list_calls, inner=("[ARGS]", "[CALL_ID]"))
 PYTHON = Syntax("<|python_tag|>", "", _json_calls)
+SECTIONS = Syntax(
+    _wide("tool calls begin"), _wide("tool calls end"), _section_calls, inner=(CALL_BEGIN, SEPARATOR, CALL_END)
+)
+PIPED = Syntax("<|tool_call|>", "<|/tool_call|>", _json_calls, marker="<|tool|>")
+NAMED_LIST = Syntax("functools[", "", _named_list_calls, marker="<|tool|>")
 BARE = Syntax("", "", _offered_calls)
 FENCED = Syntax("```json", "```", _offered_calls)

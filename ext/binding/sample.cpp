@@ -1,8 +1,9 @@
-// torch.ops.exl.argmax of rows, best of one, and sample_min_p: see ../cpu/sample.h
+// torch.ops.exl.argmax of rows, best and draw of one, and sample_min_p: see ../cpu/sample.h
 #include "../cpu/sample.h"
 
 #include "../cpu/threads.h"
 #include "checks.h"
+#include "shared.h"
 
 namespace exl {
 namespace {
@@ -37,10 +38,16 @@ int64_t op_best(const Tensor& logits) { return argmax(one_row("best", logits), l
 
 int64_t op_sample_min_p(const Tensor& logits, double temperature, double min_p, double u) {
   const float* row = one_row("sample_min_p", logits);
-  EXL_CHECK(temperature > 0 && min_p >= 0 && min_p <= 1 && u >= 0 && u < 1,
-            "exl::sample_min_p: wanted temperature > 0, 0 <= min_p <= 1 and 0 <= u < 1, got ", temperature, ", ", min_p,
-            " and ", u);
+  check_draw("sample_min_p", {temperature, min_p, u, {nullptr, 0}}, logits.size(0));
+  EXL_CHECK(temperature > 0, "exl::sample_min_p: wanted temperature > 0");
   return sample_min_p(row, logits.size(0), temperature, min_p, u);
+}
+
+int64_t op_draw(const Tensor& logits, double temperature, double min_p, double u, std::vector<int64_t> banned) {
+  const float* row = one_row("draw", logits);
+  const Draw how{temperature, min_p, u, {banned.data(), int64_t(banned.size())}};
+  check_draw("draw", how, logits.size(0));
+  return draw(row, logits.size(0), how);
 }
 
 }  // namespace
@@ -49,11 +56,13 @@ int64_t op_sample_min_p(const Tensor& logits, double temperature, double min_p, 
 STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def("argmax(Tensor logits) -> Tensor");
   m.def("best(Tensor logits) -> int");
+  m.def("draw(Tensor logits, float temperature, float min_p, float u, int[] banned) -> int");
   m.def("sample_min_p(Tensor logits, float temperature, float min_p, float u) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
   m.impl("argmax", TORCH_BOX(&exl::op_argmax));
   m.impl("best", TORCH_BOX(&exl::op_best));
+  m.impl("draw", TORCH_BOX(&exl::op_draw));
   m.impl("sample_min_p", TORCH_BOX(&exl::op_sample_min_p));
 }

@@ -3,6 +3,7 @@
 
 #include "../cpu/attention.h"
 #include "../cpu/gated.h"
+#include "../cpu/sample.h"
 #include "../cpu/tiles.h"
 #include "checks.h"
 
@@ -24,6 +25,20 @@ inline Packed check_packed(const char* op, const Tensor& weight) {
                 header->bytes == weight.numel(),
             "exl::", op, ": weight must be what pack_tiles made, got ", describe(weight));
   return {header};
+}
+
+// What cpu/sample.h asks of a draw from `count` logits.
+inline void check_draw(const char* op, const Draw& how, int64_t count) {
+  EXL_CHECK(how.temperature >= 0 && how.min_p >= 0 && how.min_p <= 1 && how.u >= 0 && how.u < 1, "exl::", op,
+            ": wanted temperature > 0 (0: the best), 0 <= min_p <= 1 and 0 <= u < 1, got ", how.temperature, ", ",
+            how.min_p, " and ", how.u);
+  int64_t least = 0;
+  for (int64_t i = 0; i < how.banned.count; ++i) {
+    const int64_t id = how.banned.ids[i];
+    EXL_CHECK(id >= least && id < count, "exl::", op, ": banned ids must ascend and lie in 0 to ", count - 1, ", got ",
+              id, " at ", i);
+    least = id + 1;
+  }
 }
 
 // Every page that will be read exists, and every sequence has a key for each of its queries.

@@ -4,6 +4,7 @@
 // It keeps the tensors that it reads. step_bind says where keys and values go; step_run looks only at the batch.
 #include "../cpu/step.h"
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -12,6 +13,7 @@
 
 #include "../common/kv_rows.h"
 #include "../cpu/kv_append.h"
+#include "../cpu/sample.h"
 #include "checks.h"
 #include "shared.h"
 
@@ -28,9 +30,9 @@ struct StepProgram {
   // Of the pass under way: what `batch` points into, and the stream.
   std::vector<int64_t> plan;
   std::vector<int32_t> q_starts, kv_lengths;
-  std::optional<Tensor> table;
+  std::optional<Tensor> table, draw_pages;
   StepBatch batch{};
-  std::vector<float> x;
+  std::vector<float> x, logits;
   int64_t next_layer = -1;  // -1: none
   StepTimes times{};
   bool timed = false;
@@ -286,6 +288,47 @@ std::tuple<Tensor, bool> op_step_run(int64_t number, std::vector<int64_t> plan, 
   return {logits, all_finite(to, ends ? logits.numel() : 0)};
 }
 
+// The page table of the passes of step_draw.
+void op_step_pages(int64_t number, const Tensor& pages) { step_program("step_pages", number)->draw_pages = pages; }
+
+// A whole pass, and a token drawn behind each of its rows of logits. draws: temperature (0: the best), min_p, u of each
+// row. banned: how many, then which, for each row. A token of -1: its logits are no distribution.
+std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std::vector<double> draws,
+                                  std::vector<int64_t> banned) {
+  const char* op = "step_draw";
+  const auto program = step_program(op, number);
+  const StepModel& m = program->model;
+  EXL_CHECK(!program->bound.empty() && program->draw_pages, "exl::", op, ": no pages are bound");
+  step_begin(op, *program, std::move(plan), *program->draw_pages);
+  program->next_layer = -1;
+  const int64_t rows = program->batch.logits, width = m.head.outputs, given = int64_t(banned.size());
+  EXL_CHECK(int64_t(draws.size()) == 3 * rows, "exl::", op, ": wanted 3 numbers for each of ", rows, " draws, got ",
+            draws.size());
+  std::vector<Draw> hows;
+  int64_t at = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    EXL_CHECK(at < given && banned[size_t(at)] >= 0 && banned[size_t(at)] < given - at, "exl::", op, ": the ", given,
+              " numbers of banned ids end within those of draw ", r);
+    const double* d = draws.data() + 3 * r;
+    hows.push_back({d[0], d[1], d[2], {banned.data() + at + 1, banned[size_t(at)]}});
+    check_draw(op, hows.back(), width);
+    at += 1 + hows.back().banned.count;
+  }
+  program->logits.resize(size_t(rows * width));
+  float* logits = program->logits.data();
+  step_cpu(m, program->batch, 0, int64_t(m.layers.size()), program->x.data(), logits,
+           program->timed ? &program->times : nullptr);
+  const auto started = std::chrono::steady_clock::now();
+  std::vector<int64_t> tokens(size_t(rows), -1);
+  const bool good = all_finite(logits, rows * width);
+  for (int64_t r = 0; good && r < rows; ++r) tokens[size_t(r)] = draw(logits + r * width, width, hows[size_t(r)]);
+  if (program->timed) {
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - started;
+    program->times.seconds[int(Phase::draw)] += spent.count();
+  }
+  return tokens;
+}
+
 // Seconds by phase since the last call, and their names; from now on passes are timed, or not.
 std::tuple<Tensor, std::string> op_step_times(int64_t number, bool timed) {
   const auto program = step_program("step_times", number);
@@ -320,6 +363,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
   m.def("step_free(int program) -> ()");
   m.def("step_bind(int program, Tensor(a!) keys, Tensor(b!) values, Tensor[] angles) -> ()");
   m.def("step_run(int program, int[] plan, Tensor pages, int first, int last) -> (Tensor, bool)");
+  m.def("step_pages(int program, Tensor pages) -> ()");
+  m.def("step_draw(int program, int[] plan, float[] draws, int[] banned) -> int[]");
   m.def("step_times(int program, bool timed) -> (Tensor, str)");
   m.def("all_finite(Tensor x) -> bool");
 }
@@ -329,10 +374,12 @@ STABLE_TORCH_LIBRARY_IMPL(exl, CPU, m) {
   m.impl("step_layer", TORCH_BOX(&exl::op_step_layer));
   m.impl("step_bind", TORCH_BOX(&exl::op_step_bind));
   m.impl("step_run", TORCH_BOX(&exl::op_step_run));
+  m.impl("step_pages", TORCH_BOX(&exl::op_step_pages));
   m.impl("all_finite", TORCH_BOX(&exl::op_all_finite));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(exl, CompositeExplicitAutograd, m) {
+  m.impl("step_draw", TORCH_BOX(&exl::op_step_draw));
   m.impl("step_free", TORCH_BOX(&exl::op_step_free));
   m.impl("step_times", TORCH_BOX(&exl::op_step_times));
 }

@@ -11,6 +11,7 @@ struct Avx2 {
   template <int bits>
   using Codes = CodesAvx2<bits>;
   static constexpr int tile_rows = 3;
+  static constexpr int score_rows = tile_rows;
   static constexpr int code_rows = 2;
 };
 

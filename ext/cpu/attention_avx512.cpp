@@ -11,6 +11,7 @@ struct Avx512 {
   template <int bits>
   using Codes = CodesAvx512<bits>;
   static constexpr int tile_rows = 6;
+  static constexpr int score_rows = 4;  // one fold of sums; see sums4x4
   static constexpr int code_rows = 4;
 };
 

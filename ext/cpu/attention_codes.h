@@ -75,6 +75,11 @@ EXL_INLINE void dot_codes(const float* x, int64_t x_stride, const uint8_t* const
       EXL_UNROLL for (int c = 0; c < 4; ++c) total[r][c].part[i] = sum[r][c];
     }
   }
+  if constexpr (P::sums_of_16 && R == 4) {
+    P four_rows[16];
+    EXL_UNROLL for (int i = 0; i < 16; ++i) four_rows[i] = total[i / 4][i % 4].part[0];
+    return P::sums4x4(four_rows, out, out_stride, false);
+  }
   EXL_UNROLL for (int r = 0; r < R; ++r) sums4(total[r], out + r * out_stride);
 }
 

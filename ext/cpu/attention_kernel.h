@@ -1,6 +1,6 @@
-// The attention kernels, written once over an instruction set I (Part, tile_rows, and what attention_codes.h needs).
-// Included by attention_portable.cpp,
-// attention_avx2.cpp and attention_avx512.cpp only; internal linkage, see isa.h.
+// The attention kernels, written once over an instruction set I (Part, tile_rows, score_rows, and what
+// attention_codes.h needs). Included by attention_portable.cpp, attention_avx2.cpp and attention_avx512.cpp only;
+// internal linkage, see isa.h.
 #pragma once
 
 #include <cstring>
@@ -124,7 +124,7 @@ void mix_rows(const AttentionChunk& a, int64_t row, float* mixed) {
 // Reads keys and values where they are.
 template <class I, class T>
 void attend_direct(const AttentionChunk& a, const AttentionState& to) {
-  each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) { score_rows<I, T, decltype(r)::value, true>(a, row); });
+  each_tile<I::score_rows>(a.rows, [&](int64_t row, auto r) { score_rows<I, T, decltype(r)::value, true>(a, row); });
   for (int64_t row = 0; row < a.rows; ++row) weigh_row<I>(a, row, to);
   each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) {
     mix_rows<I, T, decltype(r)::value, false>(a, row, to.mixed);
@@ -177,7 +177,7 @@ void attend_panels(const AttentionChunk& a, const AttentionState& to) {
     }
   };
   each_panel(a.keys, widening<I>(a.dtype, a.key_bits), [&](const AttentionChunk& part) {
-    each_tile<I::tile_rows>(a.rows, [&](int64_t row, auto r) {
+    each_tile<I::score_rows>(a.rows, [&](int64_t row, auto r) {
       score_rows<I, float, decltype(r)::value, false>(part, row);
     });
   });

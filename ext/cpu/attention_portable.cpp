@@ -11,6 +11,7 @@ struct Portable {
   template <int bits>
   using Codes = CodesPortable<bits>;
   static constexpr int tile_rows = 2;
+  static constexpr int score_rows = tile_rows;
   static constexpr int code_rows = 2;
 };
 

@@ -7,8 +7,8 @@
 // portable Part multiplies and adds with two roundings, because a fused operation would be a library call there.
 //
 // A Part has: width; zero, all, load and load_part (from float, Half, BFloat16), store; + - * /, fma, maximum,
-// round_half, times_power, below; and sums4. maximum(a, b) is b if either is NaN. Internal
-// linkage everywhere, see isa.h.
+// round_half, times_power, below; and sums4; sums_of_16, and where that is true sums4x4, for 16 sums at once by the
+// same tree. maximum(a, b) is b if either is NaN. Internal linkage everywhere, see isa.h.
 #pragma once
 
 #include <cstdint>
@@ -145,6 +145,11 @@ EXL_INLINE void dot_tile(const float* x, int64_t x_stride, const T* const* colum
     EXL_UNROLL for (int r = 0; r < R; ++r) {
       EXL_UNROLL for (int c = 0; c < 4; ++c) total[r][c].part[i] = sum[r][c];
     }
+  }
+  if constexpr (P::sums_of_16 && R == 4) {
+    P four_rows[16];
+    EXL_UNROLL for (int i = 0; i < 16; ++i) four_rows[i] = total[i / 4][i % 4].part[0];
+    return P::sums4x4(four_rows, out, out_stride, add);
   }
   EXL_UNROLL for (int r = 0; r < R; ++r) {
     float sums[4];

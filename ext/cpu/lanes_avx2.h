@@ -12,6 +12,7 @@ namespace {
 
 struct Part256 {
   static constexpr int width = 8;
+  static constexpr bool sums_of_16 = false;
   __m256 v;
 
   static EXL_INLINE Part256 all(float value) { return {_mm256_set1_ps(value)}; }

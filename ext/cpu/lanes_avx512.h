@@ -14,6 +14,7 @@ namespace {
 
 struct Part512 {
   static constexpr int width = 16;
+  static constexpr bool sums_of_16 = true;
   __m512 v;
 
   static EXL_INLINE Part512 all(float value) { return {_mm512_set1_ps(value)}; }
@@ -49,6 +50,31 @@ struct Part512 {
     const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(qa, qb), _mm_unpackhi_ps(qa, qb));
     const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(qc, qd), _mm_unpackhi_ps(qc, qd));
     _mm_storeu_ps(sums, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+  }
+
+  // One step of the tree for two sums at once: lane l of the result is a[l] + a[l ^ d] where bit d of l is clear, and
+  // the same of b where it is set.
+  template <int d>
+  static EXL_INLINE __m512 fold(__m512 a, __m512 b) {
+    constexpr __mmask16 high = d == 8 ? 0xff00 : d == 4 ? 0xf0f0 : d == 2 ? 0xcccc : 0xaaaa;
+    const __m512 own = _mm512_mask_blend_ps(high, a, b);
+    if constexpr (d == 8) return _mm512_add_ps(own, _mm512_shuffle_f32x4(a, b, 0x4e));
+    if constexpr (d == 2) return _mm512_add_ps(own, _mm512_shuffle_ps(a, b, 0x4e));
+    const __m512 other = _mm512_mask_blend_ps(high, b, a);
+    if constexpr (d == 4) return _mm512_add_ps(own, _mm512_shuffle_f32x4(other, other, 0xb1));
+    return _mm512_add_ps(own, _mm512_permute_ps(other, 0xb1));
+  }
+  // out[r * stride + c] (+)= the sum of the lanes of a[4 * r + c], by the tree of sums4. Half the work of four of them.
+  static EXL_INLINE void sums4x4(const Part512* a, float* out, int64_t stride, bool add) {
+    __m512 eight[8], four[4];
+    EXL_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fold<8>(a[i].v, a[i + 8].v);
+    EXL_UNROLL for (int i = 0; i < 4; ++i) four[i] = fold<4>(eight[i], eight[i + 4]);
+    const __m512 sums = fold<1>(fold<2>(four[0], four[2]), fold<2>(four[1], four[3]));
+    const auto put = [&](float* to, __m128 row) { _mm_storeu_ps(to, add ? _mm_add_ps(_mm_loadu_ps(to), row) : row); };
+    put(out, _mm512_castps512_ps128(sums));
+    put(out + stride, _mm512_extractf32x4_ps(sums, 1));
+    put(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
+    put(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
   }
 };
 

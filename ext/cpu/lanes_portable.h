@@ -9,6 +9,7 @@ namespace {
 
 struct Part128 {
   static constexpr int width = 4;
+  static constexpr bool sums_of_16 = false;
   typedef float Float4 __attribute__((vector_size(16)));
   Float4 v;
 

@@ -19,4 +19,8 @@ namespace exl {
 void rms_norm(const void* x, const float* weight, void* y, Dtype dtype, int64_t rows, int64_t cols, float eps,
               float offset);
 
+// x += more, then y = x normed, both float32; y may be the memory of more. The same bits as an addition and rms_norm.
+void add_rms_norm(float* x, const float* more, const float* weight, float* y, int64_t rows, int64_t cols, float eps,
+                  float offset);
+
 }  // namespace exl

@@ -14,6 +14,8 @@ namespace exl {
 struct RowKernels {
   // One row of rms_norm.h.
   void (*rms_norm)(const void* x, const float* weight, void* y, Dtype dtype, int64_t cols, float eps, float offset);
+  // x += more, then one row of rms_norm.h; y may be the memory of more.
+  void (*add_norm)(float* x, const float* more, const float* weight, float* y, int64_t cols, float eps, float offset);
   // out[i] = activation(gate[i]) * up[i]
   void (*gated)(const void* gate, const void* up, void* out, Dtype dtype, int64_t count, Activation activation);
   // The heads of one token, in place; see rope.h.

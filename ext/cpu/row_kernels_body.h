@@ -11,11 +11,15 @@
 namespace exl {
 namespace {
 
-template <class T>
-void rms_norm_row(const T* x, const float* weight, T* y, int64_t cols, float eps, float offset) {
+// `input` gives the values of x, which may be made only then. The weights are fetched while the squares are added: a
+// pass over a large model leaves no cache that still holds them.
+template <class T, class Input>
+EXL_INLINE void norm_row(const Input& input, const T* x, const float* weight, T* y, int64_t cols, float eps,
+                         float offset) {
   D4 low = {}, high = {};  // squares of float32 are exact in double
   for_each_vector(cols, [&](int64_t c, int64_t count) {
-    const F8 v = load(x + c, count);
+    if (c % 16 == 0) __builtin_prefetch(weight + c);
+    const F8 v = input(c, count);
     const D4 a = widen(v, 0), b = widen(v, 1);
     low += a * a;
     high += b * b;
@@ -26,6 +30,20 @@ void rms_norm_row(const T* x, const float* weight, T* y, int64_t cols, float eps
   for_each_vector(cols, [&](int64_t c, int64_t count) {
     store(load(x + c, count) * scale * (load(weight + c, count) + offset), y + c, count);
   });
+}
+
+template <class T>
+void rms_norm_row(const T* x, const float* weight, T* y, int64_t cols, float eps, float offset) {
+  norm_row([&](int64_t c, int64_t count) { return load(x + c, count); }, x, weight, y, cols, eps, offset);
+}
+
+void add_norm_row(float* x, const float* more, const float* weight, float* y, int64_t cols, float eps, float offset) {
+  const auto add = [&](int64_t c, int64_t count) {
+    const F8 sum = load(x + c, count) + load(more + c, count);
+    store(sum, x + c, count);
+    return sum;
+  };
+  norm_row(add, x, weight, y, cols, eps, offset);
 }
 
 template <class T, class F>
@@ -137,8 +155,8 @@ float max_run(const float* x, int64_t count) {
   return any_nan ? std::numeric_limits<float>::quiet_NaN() : result;
 }
 
-constexpr RowKernels kThisInstructionSet = {&any_rms_norm,   &any_gated,    &any_rope, &any_convert,
-                                              &quantize_head, &rotate_head, &max_run};
+constexpr RowKernels kThisInstructionSet = {&any_rms_norm, &add_norm_row,  &any_gated,   &any_rope,
+                                              &any_convert,  &quantize_head, &rotate_head, &max_run};
 
 }  // namespace
 }  // namespace exl

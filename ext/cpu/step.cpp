@@ -16,7 +16,7 @@
 namespace exl {
 
 const char* const kPhaseNames[] = {"embed", "norm", "project", "rope", "append", "attend", "out", "mlp", "gated",
-                                   "head"};
+                                   "head", "draw"};
 
 namespace {
 
@@ -123,9 +123,10 @@ class Pass {
     watch_.lap(Phase::embed);
   }
 
-  void layer(int64_t index) {
+  // `next`: the layer that follows in this call, or null.
+  void layer(int64_t index, const StepLayer* next) {
     const StepLayer& l = m_.layers[size_t(index)];
-    norm(x_, l.input_norm, to_.normed, b_.rows);
+    if (!normed_) norm(x_, l.input_norm, to_.normed, b_.rows);
     const StepMatrix* const projections[] = {&l.query, &l.key, &l.value};
     float* const projected[] = {to_.query, to_.key, to_.value};
     multiply(projections, projected, 3, to_.normed, b_.rows);
@@ -133,8 +134,7 @@ class Pass {
     attend(l, index);
     multiply(l.out, to_.normed, to_.mixed, b_.rows);
     watch_.lap(Phase::out);
-    join(l.post_attention_norm);
-    norm(x_, l.pre_mlp_norm, to_.normed, b_.rows);
+    join(l.post_attention_norm, l.pre_mlp_norm);
     const StepMatrix* const halves[] = {&l.gate, &l.up};
     float* const opened[] = {to_.gate, to_.up};
     multiply(halves, opened, 2, to_.normed, b_.rows);
@@ -144,7 +144,8 @@ class Pass {
     watch_.lap(Phase::gated);
     multiply(l.down, to_.normed, to_.gate, b_.rows);
     watch_.lap(Phase::mlp);
-    join(l.post_mlp_norm);
+    join(l.post_mlp_norm, next == nullptr ? nullptr : next->input_norm);
+    normed_ = next != nullptr;
   }
 
   void head(float* logits) {
@@ -241,9 +242,14 @@ class Pass {
     }
   }
 
-  // x += to_.normed, which a layer's half has left there, after a norm of its own if it has one.
-  void join(const float* post_norm) {
+  // x += to_.normed, which a layer's half has left there, after a norm of its own if it has one. Then x normed by
+  // `next` to to_.normed, unless that is null.
+  void join(const float* post_norm, const float* next) {
     if (post_norm != nullptr) norm(to_.normed, post_norm, to_.normed, b_.rows);
+    if (next != nullptr) {
+      add_rms_norm(x_, to_.normed, next, to_.normed, b_.rows, m_.hidden, m_.eps, m_.norm_offset);
+      return watch_.lap(Phase::norm);
+    }
     parallel_for(
         b_.rows,
         [&](int64_t begin, int64_t end) {
@@ -258,6 +264,7 @@ class Pass {
   float* const x_;
   Rooms to_;
   std::vector<StepRope> ropes_;
+  bool normed_ = false;  // to_.normed is the input of the next layer
   Stopwatch watch_;
 };
 
@@ -269,7 +276,9 @@ void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int
   const Awake awake;
   Pass pass(model, batch, x, times);
   if (first == 0) pass.embed();
-  for (int64_t index = first; index < last; ++index) pass.layer(index);
+  for (int64_t index = first; index < last; ++index) {
+    pass.layer(index, index + 1 < last ? &model.layers[size_t(index + 1)] : nullptr);
+  }
   if (last == int64_t(model.layers.size())) pass.head(logits);
 }
 

@@ -83,8 +83,8 @@ struct StepBatch {
   int64_t logits;
 };
 
-// Where the time of passes went, in seconds.
-enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, head, count };
+// Where the time of passes went, in seconds; draw: what a caller does with the logits.
+enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, head, draw, count };
 struct StepTimes {
   double seconds[int(Phase::count)];
 };

@@ -31,12 +31,34 @@ EXL_INLINE U8 splat_bits(uint32_t value) { return U8{value, value, value, value,
 
 // Four lanes of eight, as double. (An eight-lane double vector would be wider than AVX2 and live in memory.)
 EXL_INLINE D4 widen(F8 v, int half) {
+#if defined(__AVX__)
+  // GCC 12 converts in pairs and makes every pair wait for the one before.
+  const __m256 all = __m256(v);
+  return D4(_mm256_cvtps_pd(half == 0 ? _mm256_castps256_ps128(all) : _mm256_extractf128_ps(all, 1)));
+#else
   F4 four;
   std::memcpy(&four, reinterpret_cast<const char*>(&v) + 16 * half, sizeof four);
   return __builtin_convertvector(four, D4);
+#endif
 }
 
 EXL_INLINE F8 select(I8 mask, F8 yes, F8 no) { return F8((U8(mask) & U8(yes)) | (~U8(mask) & U8(no))); }
+
+// x, or `limit` where that is larger (smaller); NaN stays NaN.
+EXL_INLINE F8 at_least(F8 limit, F8 x) {
+#if defined(__AVX__)
+  return F8(_mm256_max_ps(__m256(limit), __m256(x)));
+#else
+  return select(x < limit, limit, x);
+#endif
+}
+EXL_INLINE F8 at_most(F8 limit, F8 x) {
+#if defined(__AVX__)
+  return F8(_mm256_min_ps(__m256(limit), __m256(x)));
+#else
+  return select(x > limit, limit, x);
+#endif
+}
 
 EXL_INLINE F8 load(const float* p) {
   F8 v;
@@ -109,8 +131,8 @@ EXL_INLINE void for_each_vector(int64_t count, const Body& body) {
 // x = n ln2 + r with |r| <= ln2/2; e^r by a polynomial fitted to that interval (its own error 8e-10); times 2^n in two
 // steps, so that neither factor leaves the range when the result is subnormal or just below the largest float.
 EXL_INLINE F8 exp8(F8 x) {
-  x = select(x < splat(-104.0f), splat(-104.0f), x);  // a NaN compares false and stays
-  x = select(x > splat(89.0f), splat(89.0f), x);
+  x = at_least(splat(-104.0f), x);
+  x = at_most(splat(89.0f), x);
   const F8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const F8 shifted = x * 1.44269504f + magic;
   const F8 n = shifted - magic;

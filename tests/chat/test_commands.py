@@ -55,6 +55,12 @@ def test_unknown_commands_offer_the_nearest_and_are_not_sent() -> None:
     assert session.turns == ()
 
 
+def test_commands_for_pictures_say_why_there_are_none() -> None:
+    session, screen, _ = talk("/image cat.png")
+    assert "/image: the models that this program runs read text only" in screen.said("error")
+    assert "did you mean" not in screen.said("error") and session.turns == ()
+
+
 def test_a_doubled_slash_is_a_message() -> None:
     session, _, _ = talk("//help me", "/ /")
     assert session.turns[0].content == "/help me"
@@ -112,6 +118,13 @@ def test_set_shows_and_changes() -> None:
         ("/set overflow maybe", "overflow"),
         ("/set stop 'open", "quote"),
         ("/set logit_bias 5", "ID=NUMBER"),
+        ("/set logit_bias 5=1 9999999=2", "there is no token 9999999"),
+        ("/set banned_tokens 3 9999999", "ids go from 0 to 1114111"),
+        ("/set allowed_tokens 9999999", "there is no token 9999999"),
+        ("/set stop_ids 9999999", "there is no token 9999999"),
+        ("/set stop_ids a", "whole number"),
+        ("/set stop_loop 8", "stop_loop"),
+        ("/set stop_loop 8 1", "stop_loop"),
         ("/set order nonsense", "nonsense"),
     ],
 )
@@ -154,10 +167,11 @@ def test_settings_survive_json() -> None:
     import json
 
     sampling = SamplingParams(logit_bias={1: -math.inf, 2: 0.5}, allowed_tokens=(1, 2), seed=9)
-    settings = ReplySettings(max_tokens=3, stop=("a b", "\n"), sampling=sampling)
+    settings = ReplySettings(max_tokens=3, stop=("a b", "\n"), stop_ids=(3, 5), stop_loop=(32, 4), sampling=sampling)
     assert ReplySettings.from_json(json.loads(json.dumps(settings.to_json(), allow_nan=False))) == settings
-    with pytest.raises(UsageError):
-        ReplySettings.from_json({"colour": "red"})
+    for wrong in ({"colour": "red"}, {"stop_ids": [True]}, {"stop_ids": "12"}, {"stop_loop": [1]}, {"stop_loop": "8"}):
+        with pytest.raises(UsageError):
+            ReplySettings.from_json(wrong)
 
 
 def test_sampler_template_tokens_stats() -> None:

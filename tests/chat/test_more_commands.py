@@ -80,9 +80,7 @@ def test_conversations_are_kept_listed_searched_and_resumed() -> None:
     assert first.file is None, "let go of at the end"
     listed = [text for kind, text in screen.lines if kind == "table"]
     assert (
-        "1*  the second talk" in listed[0]
-        and "2  the first talk" in listed[0]
-        and "1 messages, fake-model" in listed[0]
+        "1*  the second talk" in listed[0] and "2  the first talk" in listed[0] and "1 message, fake-model" in listed[0]
     )
     assert listed[1].splitlines()[1:] == ["2  the first talk  user"]
     assert "exl chat --resume" in screen.said("notice")

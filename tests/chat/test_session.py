@@ -1,6 +1,7 @@
 """The conversation: what is kept, what is taken back, what the runtime is asked for."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from fake_runtime import FakeRuntime, Info
@@ -39,6 +40,9 @@ def test_settings_reach_the_runtime() -> None:
     session.send("a")
     options = runtime.seen[0][1]
     assert options == {"max_tokens": 9, "sampling": SamplingParams(seed=7), "stop": ("x",), "overflow": "window"}
+    session.settings = replace(session.settings, stop_ids=(5,), stop_loop=(8, 3))
+    session.send("b")
+    assert runtime.seen[1][1] == {**options, "stop_ids": (5,), "stop_loop": (8, 3)}
 
 
 @pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"max_tokens": True}, {"stop": ("",)}, {"overflow": "maybe"}])
@@ -201,6 +205,34 @@ def test_turns_that_left_the_context_are_named_once_and_not_sent_again() -> None
     assert len(session.forgotten) <= forgotten
     session.clear()
     assert session.forgotten == ()
+
+
+def test_continuing_in_a_full_context_drops_whole_turns() -> None:
+    runtime = FakeRuntime(["r" * 30], info=Info(context=200))
+    session = ChatSession(runtime, "S", max_tokens=30)
+    asked = ["a", "b", "c"]
+    for text in asked:
+        session.send(text)
+    assert not session.forgotten
+    whole = [turn.content for turn in session.turns]
+    for times in range(2, 5):
+        dropped = [event for event in session.stream_extend() if isinstance(event, Dropped | Finished)]
+        prompt, _ = runtime.seen[-1]
+        assert isinstance(prompt, list) and len(prompt) <= 200 - 30
+        left = [turn for turn in session.turns if turn not in session.forgotten]
+        seen = runtime.render([{"role": "system", "content": "S"}, *(turn.message for turn in left[:-1])])
+        assert prompt == [*seen.ids, *map(ord, "r" * 30 * (times - 1))], "turns leave whole, the system prompt stays"
+        result = dropped[-1].result
+        told = [(event.tokens, event.turns) for event in dropped[:-1]]
+        assert told == ([(result.dropped_tokens, result.dropped_turns)] if result.dropped_turns else [])
+    assert len(session.forgotten) == 4 and session.turns[-1].content == "r" * 120
+    assert [turn.content for turn in session.turns[:-1]] == whole[:-1]
+    session.extend()  # not even alone does the last turn fit: the generator cuts tokens, as it tells
+    assert len(session.forgotten) == 4
+    session.settings = replace(session.settings, overflow="window")
+    session.goto(1)
+    session.extend()
+    assert not session.forgotten and len(runtime.seen[-1][0]) > 200
 
 
 def test_turns_that_left_for_a_reply_that_failed_are_back() -> None:

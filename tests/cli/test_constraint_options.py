@@ -48,6 +48,42 @@ def test_loops_and_healing(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["stop_reason"] == "loop"
 
 
+def test_a_token_that_ends_the_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exl(*ASK, "--json") == 0
+    ids = json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]
+    assert exl(*ASK, "--json", "--stop-id", str(ids[3]), "--stop-id", "5") == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (done["ids"], done["stop_reason"]) == (ids[:4], "stop") and "capital of" in done["text"]
+
+
+def test_led_away_from_another_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    import exl_runtime
+
+    asked, away = "Tell me a story about a fox.", "Tell me a story about a dog."
+    tell = (*ASK[:-1], asked, "-n", "24")
+    replies = []
+    for options in ((), ("--negative-prompt", away, "--guidance", "3"), ("--negative-prompt", away)):
+        assert exl(*tell, *options) == 0
+        replies.append(capsys.readouterr().out.strip())
+    with exl_runtime.load("demo", threads=1) as runtime:
+        greedy = {"max_tokens": 24, "sampling": exl_runtime.SamplingParams(temperature=0)}
+        messages, other = ([{"role": "user", "content": text}] for text in (asked, away))
+        wanted = [runtime.generate(messages, **greedy)]
+        wanted += [runtime.generate(messages, **greedy, negative_prompt=other, guidance=by) for by in (3, 1.5)]
+    assert replies == [result.text.strip() for result in wanted]
+    assert replies[0] != replies[1]
+
+
+def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    from exl_runtime.cli.chat import DEMO_MAX_TOKENS, DEMO_TEMPERATURE
+
+    assert exl("chat", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--temperature X default: 0.8, demo {DEMO_TEMPERATURE}" in text and f"demo {DEMO_MAX_TOKENS})" in text
+    assert exl("run", "--help") == 0
+    assert "--temperature X default: 0.8 " in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -55,6 +91,9 @@ def test_loops_and_healing(capsys: pytest.CaptureFixture[str]) -> None:
         (("--regex", "a", "--choice", "b"), "not allowed with"),
         (("--stop-loop", "8"), "'8' is not N,TIMES"),
         (("--stop-loop", "8,1"), "TIMES is at least 2"),
+        (("--stop-id", "x"), "'x' is not a token id"),
+        (("--guidance", "2"), "--guidance needs --negative-prompt"),
+        (("--guidance", "1", "--negative-prompt", "x"), "give a number above 1"),
         (("--speculate", "much"), "invalid choice"),
         (("--speculate", "draft"), "there is no draft model"),
         (("--draft", "absent"), "there is no folder absent"),

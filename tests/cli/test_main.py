@@ -235,6 +235,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
         "cache": "bf16",
         "accuracy": "fast",
         "threads": 3,
+        "step_tokens": 512,
         "template": "t.jinja",
         "draft": "d",
         "speculate": "draft",

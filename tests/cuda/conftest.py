@@ -45,6 +45,10 @@ class Card:
         return results[0] if len(results[0]) > 1 else results[0][0]
 
 
+def build_ahead() -> list[Callable[[], object]]:
+    return [native.emulate_cuda]
+
+
 def _copies(result: Any) -> list[torch.Tensor]:
     tensors = [result] if isinstance(result, torch.Tensor) else list(result)
     return [t.detach().cpu().clone().contiguous() for t in tensors]

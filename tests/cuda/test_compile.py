@@ -10,10 +10,13 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cuda_programs as programs
 import pytest
+from kept import kept
 
 from exl_runtime.errors import BackendUnavailable
 from ext.build import Settings
@@ -28,8 +31,17 @@ SOURCES = [*kernel_sources(programs.EXT), *sorted((Path(__file__).resolve().pare
 HOST_ONLY = {"misuse.cu"}  # calls the emulation
 
 
+def build_ahead() -> list[Callable[[], object]]:
+    found = usable_nvcc()
+    return [partial(resources, found, source) for source in SOURCES if source.name not in HOST_ONLY]
+
+
 @pytest.fixture(scope="module")
 def nvcc() -> Nvcc:
+    return usable_nvcc()
+
+
+def usable_nvcc() -> Nvcc:
     settings = Settings.from_environment()
     for release in ("13.0", "12.8"):
         try:
@@ -68,16 +80,14 @@ def resources(nvcc: Nvcc, source: Path) -> list[dict]:
     folder = Settings.from_environment().open_cache() / "emulated" / "resources"
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / f"{source.stem}-{programs.key_of(source, (nvcc.identity, *flags))}.json"
-    if known.exists():
-        return json.loads(known.read_text())
-    partial = known.with_name(f"{known.name}.{os.getpid()}")
-    command = [nvcc.path, *flags, "--threads", str(min(len(ARCHITECTURES), os.cpu_count() or 1))]
-    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{source.name} does not compile with nvcc\n{done.stderr[:6000]}"
-    found = parse(done.stderr)
-    partial.write_text(json.dumps(found))
-    os.replace(partial, known)
-    return found
+
+    def compile(beside: Path) -> None:
+        command = [nvcc.path, *flags, "--threads", str(min(len(ARCHITECTURES), os.cpu_count() or 1))]
+        done = subprocess.run([*command, str(source), "-o", str(beside)], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{source.name} does not compile with nvcc\n{done.stderr[:6000]}"
+        beside.write_text(json.dumps(parse(done.stderr)))
+
+    return json.loads(kept(known, compile).read_text())
 
 
 def parse(text: str) -> list[dict]:

@@ -5,6 +5,8 @@ Plain alone would miss five of them; that is why kernels also run under both san
 
 import re
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cuda_programs as programs
@@ -43,9 +45,16 @@ NOTICED = [  # bug (planted.h), mode, what the program has to say
 ORDERS = {"plain": "6", "portable": "2", "asan": "2", "tsan": "1"}
 
 
+def program(mode: str) -> Path:
+    return programs.program(NATIVE / "planted.cpp", mode, kernels=(NATIVE / "planted.cu",))
+
+
+def build_ahead() -> list[Callable[[], object]]:
+    return [partial(program, mode) for mode in ORDERS]
+
+
 def planted(mode: str, bug: int) -> "subprocess.CompletedProcess[str]":
-    target = programs.program(NATIVE / "planted.cpp", mode, kernels=(NATIVE / "planted.cu",))
-    return programs.run(target, ORDERS[mode], str(bug))
+    return programs.run(program(mode), ORDERS[mode], str(bug))
 
 
 @pytest.mark.parametrize("mode", list(ORDERS))

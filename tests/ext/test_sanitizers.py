@@ -4,12 +4,22 @@ The programs are in tests/native_checks; each checks its results itself and prin
 thread that touches a guard page dies without a report: all signals are blocked there.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from sanitize import ADDRESS, CHECKS, THREAD, Bench, Sanitizer, Unavailable, open_bench
 
 PROGRAMS = [*sorted(CHECKS.glob("*.cpp")), Path(__file__).resolve().parent / "threads_check.cpp"]
+
+
+def build_ahead() -> list[Callable[[], object]]:
+    steps = []
+    for sanitizer in (ADDRESS, THREAD):
+        with suppress(Unavailable):
+            steps += open_bench(sanitizer).steps(PROGRAMS)
+    return steps
 
 
 def opened(sanitizer: Sanitizer) -> Bench:

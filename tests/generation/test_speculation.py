@@ -16,6 +16,7 @@ from exl_runtime.errors import UsageError
 from exl_runtime.generation import drafting
 from exl_runtime.generation.lookup import LEAST, Memory, SuffixIndex
 from exl_runtime.generation.pace import MOST, Pace
+from exl_runtime.generation.request import Request
 from exl_runtime.generation.speculation import BUDGET, Speculator
 from exl_runtime.generation.stream import Finished
 from exl_runtime.sampling.params import SamplingParams
@@ -188,6 +189,46 @@ def test_the_distribution_is_the_models() -> None:
     assert total > 150
     chi = float(((observed - total * after) ** 2 / (total * after)).sum())
     assert chi < 70, chi  # 70 is passed by chance once in 20 000
+
+
+def test_the_distribution_is_the_models_with_a_draft_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens, drawn at temperature 1 behind the guesses of another model: chi-square against exact probabilities.
+
+    Pairs expected less than 5 times share one cell, as the test wants.
+    """
+    monkeypatch.setattr(drafting, "SURE", 0.0)
+    rig, prompt, seeds = Rig(pages=64, max_running=64, draft=Unsure()), [3, 1], 1500
+    rig.generator._intake._make_sampler = rig.generator._intake._default_sampler
+    counts: Counter[tuple[int, ...]] = Counter()
+    drafted = accepted = 0
+    for start in range(0, seeds, 50):
+        asked = [
+            Request(
+                prompt=tuple(prompt),
+                max_tokens=3,
+                speculate="draft",
+                sampling=SamplingParams(temperature=1.0, min_p=0.0, seed=seed),
+            )
+            for seed in range(start, start + 50)
+        ]
+        for result in rig.generator.run(asked):
+            counts[result.ids[:2]] += 1
+            drafted, accepted = drafted + result.drafted_tokens, accepted + result.accepted_tokens
+    first = torch.softmax(logits_of(prompt).double(), dim=-1)
+    wanted: dict[tuple[int, ...], float] = {(EOS,): float(first[EOS])}
+    for token in range(VOCAB):
+        after = torch.softmax(logits_of([*prompt, token]).double(), dim=-1)
+        if token != EOS:
+            wanted |= {(token, second): float(first[token] * after[second]) for second in range(VOCAB)}
+    assert set(counts) <= set(wanted) and abs(sum(wanted.values()) - 1) < 1e-9
+    cells = [(counts[pair], seeds * share) for pair, share in wanted.items() if seeds * share >= 5]
+    seen, due = map(sum, zip(*cells, strict=True))
+    cells.append((seeds - seen, seeds - due))
+    chi = sum((observed - mean) ** 2 / mean for observed, mean in cells)
+    degrees = len(cells) - 1
+    assert degrees > 10
+    assert chi < degrees + 4 * (2 * degrees) ** 0.5, (chi, degrees)  # mean and deviation of chi-square
+    assert 0.2 * drafted < accepted < 0.95 * drafted
 
 
 class Machine(RuleBasedStateMachine):

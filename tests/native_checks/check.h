@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "common/half.h"
+#include "cpu/gated.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
@@ -170,6 +171,16 @@ inline double rounding(exl::Dtype dtype, double size) {
     case exl::Dtype::float16: return std::fabs(size) * 0x1p-11 + 0x1p-25;
     case exl::Dtype::bfloat16: return std::fabs(size) * 0x1p-8 + 0x1p-133;
     default: return std::fabs(size) * 0x1p-24 + 0x1p-149;
+  }
+}
+
+inline double activated(double x, exl::Activation activation) {
+  switch (activation) {
+    case exl::Activation::silu: return x / (1.0 + std::exp(-x));
+    case exl::Activation::gelu: return 0.5 * x * std::erfc(-x * 0.7071067811865476);
+    case exl::Activation::gelu_tanh:
+      return 0.5 * x * (1.0 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    default: return x > 0.0 ? x : 0.0;
   }
 }
 

@@ -53,15 +53,6 @@ void check_norm(const check::Ways& ways, int64_t rows, int64_t cols, Dtype dtype
   });
 }
 
-double activated(double x, Activation activation) {
-  switch (activation) {
-    case Activation::silu: return x / (1.0 + std::exp(-x));
-    case Activation::gelu: return 0.5 * x * std::erfc(-x * 0.7071067811865476);
-    case Activation::gelu_tanh: return 0.5 * x * (1.0 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
-    default: return x > 0.0 ? x : 0.0;
-  }
-}
-
 void check_gated(const check::Ways& ways, int64_t rows, int64_t cols, bool fused, Dtype dtype, Random& random) {
   for (const auto activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
     check::begin("gated " + std::to_string(int(activation)) + ", " + std::to_string(rows) + " x " +
@@ -75,7 +66,7 @@ void check_gated(const check::Ways& ways, int64_t rows, int64_t cols, bool fused
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < cols; ++c) {
           const double g = check::element(gate, dtype, r * stride + c), u = check::element(up, dtype, r * stride + c);
-          const double wanted = activated(g, activation) * u;
+          const double wanted = check::activated(g, activation) * u;
           // gated.h: 5e-7 relative, more where the activation is vanishingly small.
           const double bound = check::rounding(dtype, wanted) + 6e-7 * std::fabs(wanted) + 1e-7 * std::fabs(u);
           check::expect_near(check::element(out.data(), dtype, r * cols + c), wanted, bound, "out", r, c);

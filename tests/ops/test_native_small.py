@@ -263,6 +263,27 @@ def test_sample_min_p_inverts_the_exact_distribution(isa: str) -> None:
     assert counts[kept == 0].sum() == 0 and (kept == 0).sum() == 3
 
 
+@given(
+    seed=st.integers(0, 1000), count=st.integers(1, 2500), banned=st.sets(st.integers(0, 2499), max_size=9),
+    u=st.floats(0, 1, exclude_max=True),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_banned_tokens_are_as_good_as_removed(seed: int, count: int, banned: set[int], u: float) -> None:
+    logits = random((count,), scale=3.0, seed=seed)
+    ids = sorted(token % count for token in banned)
+    ids = sorted({*ids, int(logits.argmax())})
+    removed = logits.clone()
+    removed[ids] = -math.inf
+    wanted = sample.sample_min_p_reference(removed, temperature=1.3, min_p=0.01, u=u)
+    assert native.ops().draw(logits, 1.3, 0.01, u, ids) == wanted
+    assert native.ops().draw(logits, 0.0, 0.0, 0.0, ids) == sample.argmax_reference(removed)
+    if wanted >= 0:
+        assert sample.sample_min_p(logits, temperature=1.3, min_p=0.01, u=u, banned=ids) == wanted
+        assert sample.argmax(logits, ids) == sample.argmax_reference(removed)
+    logits[ids[0]] = math.nan  # says that the others are in doubt
+    assert native.ops().draw(logits, 1.3, 0.01, u, ids) == native.ops().draw(logits, 0.0, 0.0, 0.0, ids) == -1
+
+
 def test_a_quantile_on_a_boundary_takes_the_next_token() -> None:
     logits = torch.zeros(4)
     for u, wanted in ((0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1 - 2**-53, 3)):

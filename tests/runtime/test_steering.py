@@ -167,6 +167,20 @@ def test_forced_tokens_are_free(rt) -> None:
     assert guessed.accepted_tokens > guessed.generated_tokens / 2
 
 
+def test_tokens_that_end_a_reply(rt, drafted) -> None:
+    whole = rt.generate(COPY, max_tokens=40, sampling=GREEDY)
+    for runtime, mode in ((rt, "off"), (rt, "ngram"), (drafted, "draft")):
+        for given in ([whole.ids[9], 5], {whole.ids[9]}, whole.ids[9]):
+            cut = runtime.generate(COPY, max_tokens=40, sampling=GREEDY, speculate=mode, stop_ids=given)
+            end = whole.ids.index(whole.ids[9])
+            assert cut.ids == whole.ids[: end + 1] and cut.stop_reason == "stop"
+            assert whole.text.startswith(cut.text) and cut.text == rt.tokenizer.decode(whole.ids[:end])
+    assert rt.generate(COPY, max_tokens=40, sampling=GREEDY, stop_ids=None).ids == whole.ids
+    for wrong in ("Par", [True], [-1], [1.5], ["1"]):
+        with pytest.raises(errors.UsageError, match="stop_ids"):
+            rt.generate("x", stop_ids=wrong)
+
+
 def test_bad_grammars_and_a_missing_package(rt, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
     for grammar, words in (

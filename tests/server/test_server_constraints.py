@@ -92,6 +92,22 @@ def test_banned_strings(create) -> None:
     )
 
 
+def test_tokens_and_loops_that_end_a_reply(create) -> None:
+    def made(**fields):
+        return create(**{"temperature": 0, "max_tokens": 60, **fields})
+
+    text = made().choices[0].message.content
+    with exl.load("demo", context=256) as runtime:  # only for the number of a token amid the reply
+        ids = runtime.generate(ASK["messages"], max_tokens=60, sampling=exl.SamplingParams(temperature=0)).ids
+        before = runtime.tokenizer.decode(ids[: ids.index(ids[5])])
+    cut = made(extra_body={"stop_token_ids": [ids[5]]}).choices[0]
+    assert cut.message.content == before and text.startswith(before) and len(before) < len(text)
+    assert cut.finish_reason == "stop"
+    around = {"messages": [{"role": "user", "content": "Say: ha ha ha ha"}], "max_tokens": 400}
+    looped = made(**around | {"extra_body": {"stop_loop": [1, 2], "logit_bias": {str(ids[5]): 100}}})
+    assert looped.usage.completion_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -100,6 +116,10 @@ def test_banned_strings(create) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema must be an object"),
         ({"response_format": {"type": "json_object"}, "tools": TOOLS, "tool_choice": "required"}, "exclude each other"),
         ({"extra_body": {"guided_choice": []}}, "choice needs a list"),
+        ({"extra_body": {"stop_token_ids": [True]}}, "list of whole numbers"),
+        ({"extra_body": {"stop_token_ids": list(range(1025))}}, "1025 entries"),
+        ({"extra_body": {"stop_loop": [8]}}, "stop_loop must be"),
+        ({"extra_body": {"stop_loop": [8, 1]}}, "stop_loop must be"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "one of the tools"),
     ],
 )

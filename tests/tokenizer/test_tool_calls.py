@@ -11,14 +11,17 @@ from exl_runtime.tokenizer.tool_calls import (
     FENCED,
     FUNCTION,
     LIST,
+    NAMED_LIST,
+    PIPED,
     PYTHON,
+    SECTIONS,
     TAGGED,
     ToolCall,
     ToolCallParser,
     syntaxes_of,
 )
 
-ALL = (TAGGED, LIST, PYTHON, FENCED)
+ALL = (TAGGED, LIST, PYTHON, SECTIONS, PIPED, NAMED_LIST, FENCED)
 WEATHER = {"weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
 OSLO = ToolCall("weather", '{"city": "Oslo"}')
 ROME = ToolCall("weather", '{"city": "Rome"}')
@@ -39,7 +42,25 @@ def parse(text: str, syntaxes=ALL, schemas=WEATHER, size: int = 0) -> list:
 
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+# As the public vocabulary spells them, character by character.
+BEGIN, END = "<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"
+ONE, SEP, DONE = (f"<\uff5ctool\u2581{rest}\uff5c>" for rest in ("call\u2581begin", "sep", "call\u2581end"))
+SECTION = f"{ONE}function{SEP}weather\n```json\n{{%s}}\n```{DONE}"
+IN_OSLO, IN_ROME = (SECTION % f'"city": "{city}"' for city in ("Oslo", "Rome"))
 CASES = {
+    "sections": (f"I look.\n{BEGIN}{IN_OSLO}{END}", ["I look.", OSLO]),
+    "sections, two": (f"{BEGIN}{IN_OSLO}\n{IN_ROME}{END}", [OSLO, ROME]),
+    "sections, not closed": (f"{BEGIN}{IN_OSLO}", [OSLO]),
+    "sections, name first": (
+        f'{BEGIN}{ONE}weather{SEP}{{"city": "Oslo"}}{DONE}{END}',
+        [OSLO],
+    ),
+    "sections, broken": (BEGIN + SECTION % '"city": ' + END, None),
+    "sections, empty": (f"{BEGIN}{END}", None),
+    "sections, no mark": (f"{BEGIN}{ONE}weather{{}}{END}", None),
+    "piped": (f"<|tool_call|>[{CALL}, {CALL.replace('Oslo', 'Rome')}]<|/tool_call|>", [OSLO, ROME]),
+    "named list": (f"functools[{CALL}, {CALL.replace('Oslo', 'Rome')}]", [OSLO, ROME]),
+    "named list, broken": ("functools[0] is the first", None),
     "tagged": (f"<tool_call>\n{CALL}\n</tool_call>", [OSLO]),
     "tagged, text before": (f"I look.\n\n<tool_call>{CALL}</tool_call>", ["I look.", OSLO]),
     "tagged, two": (
@@ -122,6 +143,9 @@ def test_syntaxes_follow_the_template() -> None:
     assert syntaxes_of({"default": "x", "tool_use": "[TOOL_CALLS]"}) == (LIST, FENCED)
     assert syntaxes_of({"default": "<function=a>"}) == (FENCED, FUNCTION)[::-1]
     assert syntaxes_of({"default": "x"}) == (FENCED,)
+    assert syntaxes_of({"default": "{{ '<|tool|>' + tools }}"}) == (PIPED, NAMED_LIST, FENCED)
+    assert syntaxes_of({"default": f"{BEGIN}{{% for call in calls %}}"}) == (SECTIONS, FENCED)
+    assert SECTIONS.marks == {BEGIN, END, ONE, SEP, DONE}
 
 
 ATOMS = (
@@ -142,6 +166,13 @@ ATOMS = (
     "<",
     "[ARGS]",
     "<function=weather>",
+    BEGIN,
+    END,
+    IN_OSLO,
+    SEP,
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "functools[",
 )
 
 

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 
 from ...errors import ExlError, UsageError
-from . import branches, choosing, files, machine, prompt, shape, turns
+from . import adapters, branches, choosing, files, machine, prompt, shape, turns
 from .base import Command, Conversation
 from .files import show_loaded
 
@@ -14,6 +14,10 @@ KEYS = (
     "Esc or Ctrl-C stops a reply and keeps it; Ctrl-C again, or Ctrl-D, quits. "
     "A message that starts with a slash: //like this."
 )
+
+
+# Known from other programs, and resembling nothing here that would help.
+NOT_HERE = dict.fromkeys(("image", "audio", "video"), "the models that this program runs read text only")
 
 
 def handle(chat: Conversation, line: str) -> bool:
@@ -41,6 +45,8 @@ def find(name: str) -> Command:
     for command in COMMANDS:
         if wanted == command.name or wanted in command.aliases:
             return command
+    if wanted in NOT_HERE:
+        raise UsageError(f"there is no command /{name}: {NOT_HERE[wanted]}")
     names = [alias for command in COMMANDS for alias in (command.name, *command.aliases)]
     near = get_close_matches(wanted, names, n=1, cutoff=0.5) or [known for known in names if known.startswith(wanted)]
     way_out = "a message that starts with a slash is written with two: //"
@@ -71,6 +77,7 @@ COMMANDS: tuple[Command, ...] = (
     *prompt.COMMANDS,
     *choosing.COMMANDS,
     *shape.COMMANDS,
+    *adapters.COMMANDS,
     *files.COMMANDS,
     *machine.COMMANDS,
     Command("help", "/help [COMMAND]", "this list", "program", _help, ("h", "?")),

@@ -32,9 +32,10 @@ def _branches(chat: Conversation, rest: str) -> None:
         own = next((place for place, node in enumerate(path) if node.id == branch.first), 0)
         shared = sum(node.turn.role == "user" for node in path[:own])
         here = "*" if branch.leaf == tree.current else ""
-        what = f"{len(said)} messages" + (f", its own from number {shared}" if branch.first != START else "")
+        count = status.messages(len(said))
+        what = count + (f", its own from number {shared}" if branch.first != START else "")
         if branch.first != START and path[own].turn.role == "assistant":
-            what = f"{len(said)} messages, another reply to number {shared - 1}"
+            what = f"{count}, another reply to number {shared - 1}"
         rows.append((f"{branch.number}{here}", branch.name, what, status.excerpt(path[-1].turn.content, 40)))
     chat.screen.table(rows)
     if tree.current == START:

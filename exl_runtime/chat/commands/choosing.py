@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ...errors import UsageError
@@ -11,6 +12,7 @@ from .base import Command, Conversation
 
 GROUP = "model"
 NONE = ("none", "off")
+IDS = ("logit_bias", "banned_tokens", "allowed_tokens", "stop_ids")  # settings that name tokens by number
 TOP = 3  # alternatives that /probs shows
 
 
@@ -29,8 +31,11 @@ def _set(chat: Conversation, rest: str) -> None:
         name = full_name(name)
         chat.screen.show(f"{name} = {shown(get_setting(settings, name))}")
         return
-    chat.session.settings = change(settings, name, value)
     name = full_name(name)
+    changed = change(settings, name, value)
+    if name in IDS:
+        _known(chat, get_setting(changed, name))
+    chat.session.settings = changed
     chat.screen.notice(f"{name} = {shown(get_setting(chat.session.settings, name))}")
 
 
@@ -124,13 +129,20 @@ def _single(chat: Conversation, word: str) -> list[int]:
     """The token with this number; or those that a word is, with and without a blank before it; [] if it is several."""
     tokenizer = chat.session.runtime.tokenizer
     if word.isdecimal():
-        if int(word) >= tokenizer.vocab_size:
-            raise UsageError(f"there is no token {word}", hint=f"ids go from 0 to {tokenizer.vocab_size - 1}")
+        _known(chat, [int(word)])
         return [int(word)]
     if not word:
         raise UsageError("an empty text is no token")
     ways = [tokenizer.encode(text, parse_special=False) for text in (word, f" {word}")]
     return list(dict.fromkeys(way[0] for way in ways if len(way) == 1))
+
+
+def _known(chat: Conversation, ids: Iterable[int]) -> None:
+    """Raise UsageError for a number that is no token of the model."""
+    size = chat.session.runtime.tokenizer.vocab_size
+    for token in ids:
+        if token >= size:
+            raise UsageError(f"there is no token {token}", hint=f"ids go from 0 to {size - 1}")
 
 
 def _token_ids(chat: Conversation, word: str) -> list[int]:

@@ -23,7 +23,7 @@ def _save(chat: Conversation, rest: str) -> None:
     path = _path(chat, rest)
     chat.session.save(path)
     chat.file, chat.left_file = path, False
-    chat.screen.notice(f"saved {len(chat.session.turns)} messages to {path}")
+    chat.screen.notice(f"saved {status.messages(len(chat.session.turns))} to {path}")
 
 
 def _load(chat: Conversation, rest: str) -> None:
@@ -81,7 +81,7 @@ def rows_of(chat: store.Stored) -> tuple[str, str, str]:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(chat.changed))
     if chat.problem:
         return str(chat.number), status.excerpt(chat.problem, 60), when
-    about = f"{when}, {chat.messages} messages, {clean_line(chat.model, 30)}"
+    about = f"{when}, {status.messages(chat.messages)}, {clean_line(chat.model, 30)}"
     return str(chat.number), status.excerpt(chat.title, 44) or "(nothing said)", about
 
 
@@ -115,7 +115,7 @@ def _export(chat: Conversation, rest: str) -> None:
         settings=session.settings.to_json(),
     )
     history.write_private(path, text.encode("utf-8", "replace"))
-    chat.screen.notice(f"wrote {len(session.turns)} messages to {path}")
+    chat.screen.notice(f"wrote {status.messages(len(session.turns))} to {path}")
 
 
 def _new_name(kind: str) -> Path:

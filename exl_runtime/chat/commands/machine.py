@@ -14,7 +14,7 @@ GROUP = "machine"
 def _model(chat: Conversation, rest: str) -> None:
     session = chat.session
     if not rest:
-        chat.screen.show(status.start_line(session.runtime.info))
+        chat.screen.show(status.start_line(session.runtime.info, memory.free(session.runtime.info.device)))
         return
     if chat.open_model is None:
         raise UsageError("this program has one model only")
@@ -36,12 +36,12 @@ def _model(chat: Conversation, rest: str) -> None:
         chat.screen.notice(f"{clean_line(before.name, 80)} is open again")
     session.use(runtime)
     chat.last = None
-    chat.screen.show(status.start_line(runtime.info))
+    chat.screen.show(status.start_line(runtime.info, memory.free(runtime.info.device)))
 
 
 def _stats(chat: Conversation, rest: str) -> None:
     runtime = chat.session.runtime
-    rows = [("model", status.start_line(runtime.info))]
+    rows = [("model", status.start_line(runtime.info, memory.free(runtime.info.device)))]
     for entry in fields(runtime.stats):
         value = getattr(runtime.stats, entry.name)
         if entry.name.endswith("_bytes"):

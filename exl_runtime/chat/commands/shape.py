@@ -9,6 +9,7 @@ from pathlib import Path
 from ...errors import UsageError
 from ...generation.grammar import Grammar
 from .. import status
+from ..thinking import MODES
 from .base import Command, Conversation
 from .prompt import text_of
 
@@ -44,6 +45,16 @@ def _grammar(chat: Conversation, rest: str) -> None:
         _use(chat, Grammar.lark(_content(rest)))
 
 
+def _think(chat: Conversation, rest: str) -> None:
+    if rest:
+        mode = next((known for known in MODES if known == rest.lower()), None)
+        if mode is None:
+            raise UsageError(f"{rest!r:.60} is no way to show thoughts", hint=f"use one of {', '.join(MODES)}")
+        chat.thinking = mode
+    said = {"show": "are shown", "fold": "are folded into one line", "hide": "are not shown"}[chat.thinking]
+    chat.screen.notice(f"what the model thinks before its answer: thoughts {said}")
+
+
 def _content(name: str) -> str:
     return text_of(Path(os.path.expanduser(name.strip("\"'"))))
 
@@ -65,6 +76,7 @@ def _show(chat: Conversation) -> None:
 
 
 COMMANDS = (
+    Command("think", "/think [show | fold | hide]", "what becomes of a model's thoughts on the screen", GROUP, _think),
     Command(
         "json", "/json [FILE | {SCHEMA} | any | none]", "replies are JSON, valid under a JSON schema", GROUP, _json
     ),

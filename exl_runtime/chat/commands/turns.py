@@ -29,7 +29,7 @@ def _say_variant(chat: Conversation) -> None:
 
 
 def _continue(chat: Conversation, rest: str) -> None:
-    chat.reply(chat.session.stream_extend())
+    chat.reply(chat.session.stream_extend(), goes_on=True)
 
 
 def _undo(chat: Conversation, rest: str) -> None:
@@ -129,7 +129,7 @@ COMMANDS = (
         "make the reply to the last message, or to number N, again",
         GROUP,
         _regen,
-        ("regenerate", "r"),
+        ("regenerate", "retry", "r"),
     ),
     Command("continue", "/continue", "let the model go on with its last reply", GROUP, _continue, ("cont",)),
     Command(

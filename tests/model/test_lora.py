@@ -1,0 +1,221 @@
+"""Adapters against the same adapters merged into the weights, in float64 by transformers; and who gets which."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import Driven, linears_of, merged, write_adapter
+from driving import batch_of, new_cache, open_model, run
+from oracles import assert_as_good_as
+from quantize import quantize_folder
+from safetensors.torch import load_file, save_file
+from tiny import by_name, logits_of, model_of, write
+
+from exl_runtime.errors import AdapterError, ExlError
+from exl_runtime.model.lora import load_adapter, mix_key, mix_of
+
+IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(60)]
+OTHER = [(5 * i * i + i) % 120 + 4 for i in range(37)]
+ORDERED = {"bits": 4, "group_size": 32, "act_order": True, "symmetric": False, "version": 2}
+FAMILIES = ("llama", "llama_bias", "qwen3", "gemma2", "phi3", "mixtral")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lora")
+
+
+def adapter(root: Path, family: str, seed: int, **options) -> Path:
+    folder = root / f"{family}-{seed}"
+    return write_adapter(folder, linears_of(model_of(by_name(family))), seed=seed, **options)
+
+
+def exact(family: str, parts: list[tuple[Path, float]], ids: list[int], scales=None) -> torch.Tensor:
+    with torch.inference_mode():
+        model = merged(model_of(by_name(family)), parts, scales)
+        return model(torch.tensor([ids]), use_cache=False).logits[0].double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_equals_merged_weights(family, backend, root) -> None:
+    model = open_model(write(by_name(family), root), backend)
+    folders = [adapter(root, family, seed) for seed in (1, 2)]
+    one, two = (load_adapter(folder, model) for folder in folders)
+    plain = logits_of(model_of(by_name(family)), IDS)
+    for parts, mix in (
+        ([(folders[0], 1.0)], mix_of([(one, 1.0)])),
+        ([(folders[0], 0.6), (folders[1], -0.7)], mix_of([(two, -0.7), (one, 0.6)])),
+    ):
+        oracle = exact(family, parts, IDS)
+        naive = logits_of(merged(model_of(by_name(family)), parts).float(), IDS)
+        ours = run(Driven(model, mix), IDS, [])
+        assert_as_good_as(ours, naive, oracle, factor=4.0, floor=3e-6)
+        assert (ours - plain).abs().max() > 0.05 * plain.abs().max()
+    assert torch.equal(run(Driven(model, mix_of([(one, 0.0)])), IDS, []), run(Driven(model), IDS, []))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("exl2", {}), ("gptq", ORDERED)])
+def test_an_adapter_on_a_quantized_model_follows_its_order_of_columns(kind, options, backend, root, tmp_path) -> None:
+    """What comes out of gate and up has the order of the rows of `down`, where that is folded into them."""
+    dense = quantize_folder(write(by_name("llama"), root), tmp_path / "q", kind, rounded=backend != "cpu", **options)
+    model = open_model(tmp_path / "q", backend)
+    assert (backend == "cpu") == any(block.mlp.inner_order is not None for block in model.blocks)
+    path = adapter(root, "llama", 3)
+    mix = mix_of([(load_adapter(path, model), 1.0)])
+    reference = model_of(by_name("llama"))
+    reference.load_state_dict({name: tensor.float() for name, tensor in dense.items()})
+    with torch.inference_mode():
+        plain = reference.double()(torch.tensor([IDS]), use_cache=False).logits[0]
+        oracle = merged(reference, [(path, 1.0)])(torch.tensor([IDS]), use_cache=False).logits[0]
+    # Packed kernels round their inputs, in the adapted model as much as in the plain one.
+    bound = 4 * (run(model, IDS, []) - plain).abs().max()
+    assert bound < 0.1 * (plain - oracle).abs().max()
+    assert (run(Driven(model, mix), IDS, []) - oracle).abs().max() <= bound
+
+
+def test_scales_follow_rslora_and_patterns(root, backend) -> None:
+    model = open_model(write(by_name("llama"), root), backend)
+    shapes = linears_of(model_of(by_name("llama")), ("q_proj", "down_proj"))
+    odd = "model.layers.1.self_attn.q_proj"
+    path = write_adapter(
+        root / "patterns",
+        shapes,
+        ranks={odd: 3},
+        use_rslora=True,
+        rank_pattern={"layers.1.self_attn.q_proj": 3},
+        alpha_pattern={r"layers\.[02]\.mlp\.down_proj": 2.5},
+        infix=".default",
+    )
+    scales = dict.fromkeys(shapes, 8 / 5**0.5) | {odd: 8 / 3**0.5}
+    scales |= {f"model.layers.{layer}.mlp.down_proj": 2.5 / 5**0.5 for layer in (0, 2)}
+    oracle = exact("llama", [(path, 1.0)], IDS, scales)
+    ours = run(Driven(model, mix_of([(load_adapter(path, model), 1.0)])), IDS, [])
+    assert (ours - oracle).abs().max() <= 1e-4 * oracle.abs().max()
+
+
+def test_the_head_and_half_precision_adapters(root, backend) -> None:
+    model = open_model(write(by_name("llama"), root), backend)
+    shapes = linears_of(model_of(by_name("llama")), ("lm_head", "v_proj"))
+    for dtype in (torch.float16, torch.bfloat16):
+        path = write_adapter(root / f"head-{dtype}", shapes, dtype=dtype)
+        oracle = exact("llama", [(path, 1.0)], IDS)
+        mix = mix_of([(load_adapter(path, model), 1.0)])
+        kv = new_cache(model)
+        whole = Driven(model, mix).forward(batch_of([(IDS, 0, [2])]), kv)
+        assert (whole - oracle).abs().max() <= 1e-4 * oracle.abs().max()
+        last = Driven(model, mix).forward(batch_of([(IDS, 0, [2])], all_logits=False), kv)
+        assert (last[0] - whole[-1]).abs().max() <= (0.0 if backend == "cpu" else 1e-4 * whole.abs().max().item())
+
+
+def test_rows_of_one_pass_have_their_own_adapters(root, backend) -> None:
+    model = open_model(write(by_name("llama"), root), backend)
+    one, two = (load_adapter(adapter(root, "llama", seed), model) for seed in (1, 2))
+    mixes = (mix_of([(one, 1.0)]), (), mix_of([(one, 0.5), (two, 1.0)]), mix_of([(one, 1.0)]))
+    sequences = [(IDS, 0, [4]), (OTHER, 0, [1]), (IDS, 0, [0]), (OTHER, 0, [3])]
+    together = Driven(model, mixes=mixes).forward(batch_of(sequences), new_cache(model))
+    parts = together.split([len(ids) for ids, _, _ in sequences])
+    for part, mix, (ids, _, _) in zip(parts, mixes, sequences, strict=True):
+        for cuts in ([], [1, 20]):
+            alone = run(Driven(model, mix), ids, cuts)
+            assert (part - alone).abs().max() <= (0.0 if backend == "cpu" else 1e-4 * alone.abs().max().item())
+    # The native pass of the model itself is untouched by all this.
+    assert (run(model, OTHER, []) - parts[1]).abs().max() <= (0.0 if backend == "cpu" else 1e-4)
+
+
+def test_the_same_bits_on_any_number_of_threads(root) -> None:
+    from exl_runtime.ops import native
+
+    if why := native.available():
+        pytest.skip(why)
+    model = open_model(write(by_name("llama"), root), "cpu")
+    mix = mix_of([(load_adapter(adapter(root, "llama", 1), model), 1.0)])
+    found = []
+    for threads in (1, 2, 3):
+        native.set_threads(threads)
+        found.append(run(Driven(model, mix), IDS, []))
+    native.set_threads(None)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_keys_name_adapters_and_weights(root) -> None:
+    model = open_model(write(by_name("llama"), root), "reference")
+    one, two = (load_adapter(adapter(root, "llama", seed), model) for seed in (1, 2))
+    again = load_adapter(adapter(root, "llama", 1), model)
+    mixes = ([], [(one, 1.0)], [(one, 0.5)], [(two, 1.0)], [(one, 1.0), (two, 1.0)], [(one, 0.5), (two, 1.0)])
+    keys = [mix_key(b"root", mix_of(mix)) for mix in mixes]
+    assert len(set(keys)) == len(keys) and keys[0] == b"root"
+    assert mix_key(b"root", mix_of([(again, 1.0)])) == keys[1]
+    assert mix_key(b"root", mix_of([(two, 1.0), (one, 1.0)])) == keys[4]
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"peft_type": "LOHA"}, "'LOHA'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules"),
+        ({"lora_bias": True}, "biases"),
+        ({"target_parameters": ["experts"]}, "parameters"),
+        ({"layer_replication": [[0, 2]]}, "repeats"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"r": 7}, "rank 7"),
+        ({"r": "many"}, '"r"'),
+        ({"rank_pattern": {"q_proj": 2}}, "rank 2"),
+        ({"rank_pattern": {"(": 2}}, "regular expression"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"use_rslora": 1}, "use_rslora"),
+    ],
+)
+def test_unknown_kinds_are_refused_by_name(change, says, root, tmp_path) -> None:
+    model = open_model(write(by_name("llama"), root), "reference")
+    path = write_adapter(tmp_path / "a", {Q0: (64, 64)})
+    config = json.loads((path / "adapter_config.json").read_text())
+    load_adapter(path, model)
+    (path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ExlError, match=says):
+        load_adapter(path, model)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda t: {f"{k}.": v for k, v in t.items()}, "lora_A.weight"),
+        (lambda t: {k: v for k, v in t.items() if "lora_A" in k}, "no lora_B"),
+        (lambda t: {k.replace("q_proj", "z_proj"): v for k, v in t.items()}, "no matrix of this model"),
+        (lambda t: {k.replace("layers.0", "layers.9"): v for k, v in t.items()}, "no matrix of this model"),
+        (lambda t: {k.replace("self_attn.q", "mlp.experts.0.gate"): v for k, v in t.items()}, "expert"),
+        (lambda t: {k.replace("lora_A", "lora_embedding_A"): v for k, v in t.items()}, "embedding"),
+        (lambda t: {k: v[:, :-1] if "lora_A" in k else v for k, v in t.items()}, "63 inputs"),
+        (lambda t: {k: v[:-1] if "lora_B" in k else v for k, v in t.items()}, "63 outputs"),
+        (lambda t: {k: v[:, :-1] if "lora_B" in k else v for k, v in t.items()}, "wanted"),
+        (lambda t: {k: v * float("nan") for k, v in t.items()}, "is nan"),
+        (lambda t: {k: v.to(torch.int32) for k, v in t.items()}, "not a number format"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(edit, says, root, tmp_path) -> None:
+    model = open_model(write(by_name("llama"), root), "reference")
+    path = write_adapter(tmp_path / "a", {Q0: (64, 64)})
+    tensors = {k: v.contiguous() for k, v in edit(load_file(path / "adapter_model.safetensors")).items()}
+    save_file(tensors, path / "adapter_model.safetensors")
+    with pytest.raises(ExlError, match=says):
+        load_adapter(path, model)
+
+
+def test_missing_files_and_pickles(root, tmp_path) -> None:
+    model = open_model(write(by_name("llama"), root), "reference")
+    path = write_adapter(tmp_path / "a", {Q0: (64, 64)})
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickle"):
+        load_adapter(path, model)
+    for other, says in ((path / "adapter_model.bin", "is a file"), (tmp_path / "none", "no folder"), (root, "no ad")):
+        with pytest.raises(AdapterError, match=says):
+            load_adapter(other, model)
+    (path / "adapter_model.bin").rename(path / "adapter_model.safetensors")
+    (path / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="adapter_config"):
+        load_adapter(path, model)
