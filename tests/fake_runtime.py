@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from exl_runtime.errors import PromptTooLong, UsageError
+from exl_runtime.errors import PromptTooLong, StorageError, UsageError
 from exl_runtime.generation.request import Result
 from exl_runtime.generation.stream import Dropped, Finished, Prefilled, Started, Text
 from exl_runtime.sampling.params import SamplingParams
@@ -68,6 +71,8 @@ class FakeRuntime:
     prefill_delay: float = 0.0
     seen: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     closed: bool = False
+    remembered: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)  # snapshots
 
     def __post_init__(self) -> None:
         self.tokenizer = FakeTokenizer()
@@ -87,6 +92,28 @@ class FakeRuntime:
         text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         text += "<assistant>" if add_generation_prompt else ""
         return Rendered(text, tuple(map(ord, text)))
+
+    def remember(self, text: str) -> None:
+        self.remembered.append(text)
+
+    @contextmanager
+    def held_kv(self, messages: list[dict[str, str]]) -> Iterator[Any]:
+        """Keys and values are the text itself; they say which model made them."""
+        ids = self.render(messages, add_generation_prompt=False).ids
+        count = len(ids) if self._cached else 0
+        data = f"{self.info.name}\n{self.tokenizer.decode(ids[:count])}".encode()
+        yield SimpleNamespace(tokens=count, nbytes=len(data), pieces=iter([data[:5], data[5:]]))
+
+    def open_kv(self, path: Path) -> int:
+        name, _, text = path.read_text().partition("\n")
+        if name != self.info.name:
+            raise StorageError(f"{path.name}: made with another model")
+        self.opened.append(path.name)
+        return len(text)
+
+    def drop_kv(self, path: Path) -> None:
+        if path.name in self.opened:
+            self.opened.remove(path.name)
 
     def each_logits(self, ids: Any, visit: Any, *, first: int = 0) -> None:
         """Of 128 characters, every next one is likelier than the last; the one after `x` is `y` for sure."""

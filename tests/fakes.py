@@ -182,6 +182,7 @@ class Rig:
     max_running: int = 64
     spec: FakeSpec = field(default_factory=FakeSpec)
     draft: FakeTransformer | None = None
+    host_bytes: int = 0
 
     def __post_init__(self) -> None:
         geometry = CacheGeometry(LAYERS, 1, 1, FP32, self.page_size)
@@ -198,6 +199,7 @@ class Rig:
             max_running=self.max_running,
             make_sampler=lambda request, seed: FakeSampler(seed, request.sampling.logprobs),
             draft=draft,
+            host_bytes=self.host_bytes,
             clock=self.clock,
         )
         self.table = self.generator.table

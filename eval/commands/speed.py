@@ -32,6 +32,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--context-filled", type=positive, metavar="N", help="tokens before the first timed one (default: the prompt)"
     )
+    group.add_argument(
+        "--turns",
+        type=positive,
+        metavar="N",
+        help="instead: time to the first token in each of N turns of a growing conversation, each with --prompt new "
+        "tokens and a reply of --generate",
+    )
     group.add_argument("--runs", type=positive, default=5, metavar="N", help="default: 5")
     group.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PATH", help="measure this beside it; may be repeated"
@@ -59,6 +66,8 @@ def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
     load = Workload(
         prompt=args.prompt, generate=args.generate, batch=args.batch, filled=args.context_filled, runs=args.runs
     )
+    if args.turns is not None:
+        return _turns(args, progress)
     peers = [split_peer(text) for text in args.peer]
     if len({name for name, _ in peers}) != len(peers):
         raise UsageError("--peer: the same peer twice", hint="run the command once for each of its models")
@@ -70,3 +79,22 @@ def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
     with open_model(args.model, args, progress, context=load.context) as runtime:
         found, setup = sprint(runtime, load, threads, peers, progress, base_bytes=base)
     return Outcome(text=text_of(found, setup), facts=facts_of(found, setup), code=130 if found.partial else 0)
+
+
+def _turns(args: argparse.Namespace, progress: "Progress") -> Outcome:
+    from ..speed.sprint import plain_ids
+    from ..speed.turns import facts_of, talk, text_of
+
+    if args.turns < 2 or args.batch != 1 or args.peer or args.context_filled:
+        raise UsageError("--turns takes 2 or more", hint="--batch, --peer and --context-filled are for the other run")
+    threads = args.threads or (None,)
+    if len(threads) > 1:
+        raise UsageError("--turns takes one number of threads")
+    args.threads = threads[0]
+    context = args.turns * (args.prompt + args.generate)
+    with open_model(args.model, args, progress, context=context) as runtime:
+        found = talk(
+            runtime, plain_ids(runtime), turns=args.turns, new=args.prompt, reply=args.generate, runs=args.runs
+        )
+        told = (found, runtime.info.name, runtime.info.device)
+    return Outcome(text=text_of(*told), facts=facts_of(*told))

@@ -10,10 +10,14 @@ Pages are released leaf first, so a parent is always younger than its children, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import CacheFull
 from .geometry import PAGE_SIZE
-from .prefix import PrefixTree, chain, pack, root_key
+from .prefix import TOKEN_BYTES, PrefixTree, chain, pack, root_key
+
+if TYPE_CHECKING:
+    from .tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,17 @@ class Match:
 
 
 class PageTable:
-    """Reference counts over `pages` pages of `page_size` tokens, and the prefixes they hold. Not thread-safe."""
+    """Reference counts over `pages` pages of `page_size` tokens, and the prefixes they hold. Not thread-safe.
 
-    def __init__(self, pages: int, *, page_size: int = PAGE_SIZE) -> None:
+    `below`: where the content of reused pages goes, and comes back from; None: it is gone.
+    """
+
+    def __init__(self, pages: int, *, page_size: int = PAGE_SIZE, below: "Tiers | None" = None) -> None:
         self.pages = pages
         self.page_size = page_size
+        self.below = below
         self.version = 0  # changes whenever a page is taken, released, or holds something new
+        self.evictions = 0  # pages that were reused although they held something
         self._references = [0] * pages
         self._blank = list(range(pages - 1, -1, -1))
         self._idle: dict[int, None] = {}  # oldest first
@@ -70,16 +79,24 @@ class PageTable:
         keys: list[bytes] = []
         start = 0
         while start + size <= limit:
-            following = chain(key, pack(tokens[start : start + size]))
+            packed = pack(tokens[start : start + size])
+            following = chain(key, packed)
             page = self._tree.find(following)
             if page is None:
-                break
-            self._acquire(page)
+                page = self._bring_back(key, packed, following)
+                if page is None:
+                    break
+            else:
+                self._acquire(page)
             pages.append(page)
             keys.append(following)
             key = following
             start += size
-        found = self._tree.longest(key, pack(tokens[start : min(start + size, limit)]))
+        packed = pack(tokens[start : min(start + size, limit)])
+        found = self._tree.longest(key, packed)
+        page = self._bring_back(key, packed, None, beyond=found[1] if found else 0)
+        if page is not None:
+            return Match(pages, keys, page, self._tree.nodes[page].tokens)
         if found is None:
             return Match(pages, keys, None, 0)
         self._acquire(found[0])
@@ -137,8 +154,11 @@ class PageTable:
             page = self._blank.pop()
         elif self._idle:
             page = next(iter(self._idle))
+            if self.below is not None:
+                self.below.spill(page, self._tree.nodes[page])
             del self._idle[page]
             self._tree.remove(page)
+            self.evictions += 1
         else:
             raise CacheFull(
                 f"all {self.pages} pages ({self.pages * self.page_size} tokens) of the key/value cache are in use",
@@ -220,6 +240,22 @@ class PageTable:
                 assert parent in held, f"page {page} is held, its parent {parent} is not"
             elif parent not in held:
                 assert age[parent] > age[page], f"parent {parent} would be reused before its child {page}"
+
+    def _bring_back(self, parent: bytes, packed: bytes, key: bytes | None, *, beyond: int = 0) -> int | None:
+        """A page, held, with what the tiers have of `packed` behind `parent`: all of it where there is a key, else
+        its beginning when that is longer than `beyond`. None: nothing, or no page to put it into."""
+        found = None if self.below is None else self.below.find(parent, packed, key, beyond=beyond)
+        if self.below is None or found is None or (key is None and found.shared == self.page_size):
+            return None
+        try:
+            page = self.take()
+        except CacheFull:
+            return None
+        if not self.below.restore(found, page):
+            self.release([page])
+            return None
+        self._tree.add(page, parent, packed[: found.shared * TOKEN_BYTES], key)
+        return page
 
     def _acquire(self, page: int) -> None:
         self._idle.pop(page, None)

@@ -83,6 +83,7 @@ class Branching:
         node = self._user_node(index)
         self._record.do(Remove(node.id))
         self._left = 0
+        self._removed()
         return node.turn
 
     def delete_branch(self, branch: int | str) -> Branch:
@@ -94,6 +95,7 @@ class Branching:
             own = parent
         self._record.do(Remove(own))
         self._left = 0
+        self._removed()
         return found
 
     def clear(self) -> None:
@@ -102,6 +104,10 @@ class Branching:
         for id in self.tree.after(START):
             self._record.do(Remove(id))
         self._left = 0
+        self._removed()
+
+    def _removed(self) -> None:
+        """Something was deleted for good."""
 
     def _user_node(self, index: int) -> Node:
         nodes = [node for node in self.tree.path() if node.turn.role == "user"]

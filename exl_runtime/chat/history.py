@@ -198,20 +198,26 @@ def _is_ours(path: Path) -> bool:
 
 def write_private(path: Path, data: bytes) -> None:
     """`data` as the new content of `path`, whole or not at all; readable for its owner only. Raises SessionError."""
+    write_private_pieces(path, (data,))
+
+
+def write_private_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """The same for content that comes in pieces."""
     try:
-        _replace(path, data)
+        _replace(path, pieces)
     except OSError as err:
         raise SessionError(f"cannot write {clean_line(str(path))}: {err.strerror or err}") from err
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600  # conversations are private
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".new", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

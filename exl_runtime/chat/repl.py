@@ -52,7 +52,13 @@ def run(
     open_model  for /model
     """
     chat = Conversation(
-        session=session, screen=screen, can_draft=editor.drafts, file=file, keep=keep, open_model=open_model
+        session=session,
+        screen=screen,
+        can_draft=editor.drafts,
+        file=file,
+        keep=keep,
+        auto_kv=session.kv.auto,
+        open_model=open_model,
     )
     if file is not None or session.file is not None:
         show_loaded(chat, session.file or file)

@@ -21,6 +21,8 @@ from .branching import Branching, checked
 from .collected import Collected
 from .continuing import continuation
 from .history import Transcript
+from .kv import KVBeside, remove_kv
+from .recall import recall
 from .record import GrowingReply, Record
 from .session_file import SessionFile, read_session
 from .settings import ReplySettings
@@ -74,6 +76,7 @@ class ChatSession(Branching):
         self.runtime = runtime
         system = checked(system, "the system prompt") if system is not None else None
         super().__init__(Record(Transcript(system=system, model=runtime.info.name), settings))
+        self.kv = KVBeside(lambda: (self.runtime, self.seen_messages))
         self._stream: Stream | None = None  # of the reply that is being made
         self._stop_asked = False
 
@@ -181,10 +184,15 @@ class ChatSession(Branching):
 
     # --- files ------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the conversation as it is to a JSON file, all or nothing. Raises SessionError."""
+    def save(self, path: str | PathLike[str], *, kv: bool = False) -> None:
+        """Write the conversation as it is to a JSON file, all or nothing. Raises SessionError.
+
+        kv  also what the cache holds of it, beside the file: `load` and `resume` then go on without computing it
+        """
         transcript = self._record.transcript(self.runtime.info.name)
         history.write(Path(path), replace(transcript, key="", revision=0))
+        if kv:
+            self.kv.save(Path(path))
 
     @classmethod
     def load(cls, path: str | PathLike[str], runtime: "Runtime") -> "ChatSession":
@@ -216,8 +224,22 @@ class ChatSession(Branching):
         self._record.keep(Path(path))
 
     def close(self, *, discard: bool = False) -> None:
-        """Bring the file of `keep` or `resume` up to date and let go of it; `discard` deletes it instead."""
+        """Bring the file of `keep` or `resume` up to date and let go of it; `discard` deletes it instead.
+
+        With `kv.auto`, its keys and values are written too. Raises SessionError.
+        """
+        file = self.file
         self._record.release(discard=discard)
+        if file is None:
+            return
+        if discard:
+            remove_kv(file)
+        elif self.kv.auto and self.kv.due:
+            self.kv.save(file)
+
+    def _removed(self) -> None:
+        if self.file is not None:
+            self.kv.drop(self.file)  # it holds the tokens of what was deleted
 
     @property
     def file(self) -> Path | None:
@@ -237,6 +259,8 @@ class ChatSession(Branching):
             raise SessionError(f"{path} has settings this version does not take: {err}") from err
         session = cls(runtime, settings=settings)
         session._record = Record(transcript, settings)
+        recall(runtime, session.tree.nodes.values())
+        session.kv.try_open(path)
         return session
 
     # --- how a reply is made ----------------------------------------------------------------------------------
@@ -283,7 +307,7 @@ class ChatSession(Branching):
                         yield event
         finally:
             # However it ended: what was said stays, and if nothing was said nothing happened.
-            self._making, self._stream = False, None
+            self._making, self._stream, self.kv.due = False, None, True
             result = collected.result()
             if result.text or (collected.complete and result.stop_reason not in ("cancelled", "deadline")):
                 text, ids = self._whole(plan.continued, known, result)

@@ -45,6 +45,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true", help="go on with the conversation that was kept last")
     group.add_argument("--list", action="store_true", help="list the conversations that were kept, and leave")
     group.add_argument("--no-keep", action="store_true", help="do not keep this conversation in your state folder")
+    group.add_argument(
+        "--save-kv",
+        action="store_true",
+        help="keep what was computed too (large), so that going on with this conversation later starts at once",
+    )
     group.add_argument("--plain", action="store_true", help="no colours, no cursor movement, a simple input line")
     group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
     add_output(parser)
@@ -53,6 +58,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
     from ..chat import memory, repl
+    from ..chat.recall import recall_kept
     from ..chat.screen import make_screen
 
     if args.resume and args.load is not None:
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as opened:
         runtime = opened.enter_context(open_runtime(args))
         session = _session(args, runtime, settings, kept)
+        session.kv.auto = args.save_kv
         opened.callback(lambda: session.close())
         if args.system is not None:
             session.system = user_text(args.system)
@@ -89,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 open_runtime(argparse.Namespace(**vars(args) | own | {"model": name, "draft": None}))
             )
 
+        recall_kept(runtime, session.file)
         repl.greet(session, screen)
         repl.run(
             session,

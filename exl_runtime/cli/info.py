@@ -32,16 +32,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=cache_or_auto, default="auto", metavar="TYPE", help="cache type to plan memory for (auto)"
     )
+    parser.add_argument("--device", default="auto", help="where it would run: auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read the headers and print. Raises ExlError."""
+    from ..model.placement import resolve_device
     from ..model.summary import summarize
     from ..runtime.load import find
 
-    summary = summarize(find(args.model), None if args.context == "auto" else args.context, cache=args.cache)
+    context = None if args.context == "auto" else args.context
+    summary = summarize(find(args.model), context, cache=args.cache, device=str(resolve_device(args.device)))
     if args.json:
         sys.stdout.write(json.dumps(asdict(summary)) + "\n")
     else:
@@ -91,8 +94,11 @@ def show(summary: "ModelSummary") -> None:
     memory.add_column(justify="right", no_wrap=True)
     memory.add_column(style="dim", overflow="fold")
     row(memory, "weights", size(summary.weight_bytes), "as stored")
-    row(memory, "cache", size(summary.cache_bytes), f"{summary.context} tokens in {summary.cache_dtype}")
+    row(memory, "cache", size(summary.cache_bytes), f"{summary.context} tokens in {summary.cache_dtype}, at least")
     row(memory, "working", size(summary.working_bytes), "while it computes")
+    if summary.load_cache_bytes:
+        what = f"for {summary.load_context} tokens, batches and earlier prompts: what a load takes now"
+        row(memory, "cache in use", size(summary.load_cache_bytes), what)
     fits = "fits" if summary.total_bytes <= summary.free_bytes else "does not fit: choose a shorter --context"
     row(memory, "needed", size(summary.total_bytes), f"{size(summary.free_bytes)} are free now: {fits}")
     console.print()

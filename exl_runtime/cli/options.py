@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OVERFLOWS = ("error", "drop", "window")
 SPECULATE = ("auto", "ngram", "draft", "off")
 NOT_HERE = ("logprobs",)  # sampling parameters that are not about choosing; commands decide on them
+UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}  # bits to shift by
 SHORT = {"temperature": ("-t",), "seed": ("-s",)}
 
 
@@ -75,6 +76,14 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=512,
         help="most tokens of one pass: fewer let replies go on more smoothly beside a long prompt (default: 512)",
+    )
+    group.add_argument(
+        "--host-cache",
+        type=bytes_or_auto,
+        default="auto",
+        metavar="SIZE",
+        help="host memory for what leaves a GPU's cache, as in 8G or 512M; 0: none (default: auto, a quarter of what "
+        "is free beside a GPU)",
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
@@ -260,6 +269,7 @@ def open_runtime(args: argparse.Namespace) -> "Runtime":
             gpu_split=args.gpu_split,
             threads=args.threads,
             packed_cache=args.packed_cache,
+            host_cache=args.host_cache,
             template=args.template,
             draft=args.draft,
             speculate=args.speculate,
@@ -312,6 +322,16 @@ def length_or_auto(text: str) -> int | str:
     if text[-1:] in "kK" and text[:-1].isdigit():
         return positive(text[:-1]) * 1024
     return positive(text)
+
+
+def bytes_or_auto(text: str) -> int | str:
+    """`auto`, or a number of bytes; 8G is 8 GiB, and K, M and T go with it."""
+    if text == "auto":
+        return text
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in UNITS else (text, "")
+    if not digits.isascii() or not digits.isdigit():
+        raise argparse.ArgumentTypeError(f"{clean_message(text)!r} is no size: use auto, 0, or as in 8G or 512M")
+    return int(digits) << UNITS.get(unit, 0)
 
 
 def cache_or_auto(text: str) -> str:

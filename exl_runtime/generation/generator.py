@@ -9,15 +9,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from ..cache.pages import PageTable
+from ..cache.prefix import root_key
 from ..cache.sinks import SinkKeeper
+from ..cache.snapshot import Contents, Snapshot
 from ..cache.storage import KVStorage
+from ..cache.tiers import Tiers
 from ..errors import PromptTooLong, UsageError
 from ..model.angles import key_frequencies
 from ..model.graph import Recordable, Recorder
@@ -32,29 +35,14 @@ from .runner import Model, Runner, Visit
 from .scheduler import MAX_RUNNING, PREFILL_TOKENS, Scheduler
 from .sequence import Sequence
 from .speculation import Speculator
+from .stats import GeneratorStats
 from .stream import Event, Failed, Finished
 
 if TYPE_CHECKING:
     from ..tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorStats:
-    """Counters over all ended requests, and the present use of the cache in pages."""
-
-    requests: int
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    preemptions: int
-    steps: int
-    waiting: int
-    running: int
-    pages_total: int
-    pages_held: int
-    pages_idle: int
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+ROOTS = 8  # beginnings of prefixes that are remembered: one, but for ropes that depend on the length
 
 
 class Generator:
@@ -72,11 +60,13 @@ class Generator:
         make_sampler: MakeSampler | None = None,
         draft: tuple[Model, KVStorage] | None = None,
         recorder: Recorder | None = None,
+        host_bytes: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`context`: most tokens of one sequence, prompt and reply; by default the model's, or what the cache holds.
         `draft`: a model with the same vocabulary that guesses ahead, and as many pages for it as `kv` has.
         `recorder`: records decode steps of a `model` that is `Recordable`; None: every step runs as usual.
+        `host_bytes`: of host memory for what reused pages held.
 
         Raises UsageError when the cache cannot hold one sequence of that length.
         """
@@ -89,7 +79,9 @@ class Generator:
             )
         self.model = model
         self.kv = kv
-        self.table = PageTable(kv.pages, page_size=kv.page_size)
+        self.tiers = Tiers([kv] if draft is None else [kv, draft[1]], host_bytes=host_bytes)
+        self.table = PageTable(kv.pages, page_size=kv.page_size, below=self.tiers)
+        self._roots = {root_key(0): None}  # the one used last at the end
         self._clock = clock
         self._intake = Intake(
             model.spec,
@@ -155,6 +147,10 @@ class Generator:
             pages_idle=self.table.idle,
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
+            host_tokens=self.tiers.tokens_from("host"),
+            disk_tokens=self.tiers.tokens_from("disk"),
+            evictions=self.table.evictions,
+            host_bytes=self.tiers.host.nbytes,
         )
 
     def submit(self, request: Request) -> str:
@@ -235,9 +231,47 @@ class Generator:
             self._speculator.memory.add(tokens)
 
     def forget(self) -> None:
-        """Empty the prefix cache of all that no running request uses."""
+        """Empty the prefix cache of all that no running request uses, and the tiers below it."""
         with self._own_turn():
             self.table.clear()
+            self.tiers.clear()
+
+    @contextmanager
+    def holding(self, tokens: Many[int]) -> Iterator[Contents]:
+        """The longest beginning of `tokens` in the cache; its pages stay as they are until the end of the block."""
+        size, best, held = self.kv.page_size, Contents(root_key(0), (), ()), []
+        with self._own_turn():
+            for root in reversed(self._roots):
+                match = self.table.match(tokens, root=root)
+                pages = match.pages if match.source is None else [*match.pages, match.source]
+                count = len(match.pages) * size + match.shared
+                if count > len(best.tokens):
+                    pages, held = held, pages
+                    best = Contents(root, tuple(tokens[:count]), tuple(held))
+                self.table.release(pages)
+        try:
+            yield best
+        finally:
+            with self._own_turn():
+                self.table.release(held)
+
+    def attach(self, snapshot: Snapshot) -> None:
+        """Let prompts begin with what this snapshot holds."""
+        with self._own_turn():
+            self.tiers.add(snapshot)
+            self._note_root(snapshot.root)
+
+    def detach(self, snapshot: Snapshot) -> None:
+        """The opposite; what was read from it stays in the cache. Nothing happens when it is not attached."""
+        with self._own_turn():
+            if snapshot in self.tiers.others:
+                self.tiers.remove(snapshot)
+
+    def _note_root(self, root: bytes) -> None:
+        self._roots.pop(root, None)
+        self._roots[root] = None
+        if len(self._roots) > ROOTS:
+            del self._roots[next(iter(self._roots))]
 
     def _submit(self, request: Request, box: deque[Event] | None) -> str:
         with self._inbox:
@@ -249,6 +283,7 @@ class Generator:
             if request.id in self._live:
                 raise UsageError(f"a request with the id {request.id!r} is still running", hint="leave the id empty")
             self._live[request.id] = sequence
+            self._note_root(sequence.root)
             if box is not None:
                 self._boxes[request.id] = box
             self._submitted.append(sequence)

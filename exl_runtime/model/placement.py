@@ -108,29 +108,35 @@ def plan(spec: ModelSpec, *, context: int, weight_bytes: int, cache: CacheType) 
     )
 
 
-def cache_pages(spec: ModelSpec, context: int, *, cache: CacheType, device: torch.device) -> int:
+def cache_pages(
+    spec: ModelSpec, context: int, *, cache: CacheType, device: torch.device, free: int | None = None
+) -> int:
     """Pages for one full context and a copied page, and as many more as memory allows, up to SPARE contexts.
 
     The spare ones serve batches and remember earlier prompts. On the CPU they cost nothing until they are used.
+    free: bytes beside the weights; None: what is free now.
     """
+    free = free_memory(device) if free is None else free
     geometry = geometry_of(spec, cache)
     least = geometry.pages_for(context) + 1
-    fitting = int(free_memory(device) * SHARE * SHARE) // geometry.bytes_per_page
+    fitting = int(free * SHARE * SHARE) // geometry.bytes_per_page
     spare = min(SPARE * geometry.pages_for(context), SPARE_TOKENS // PAGE_SIZE)
     return max(least, min(least + spare, fitting))
 
 
-def auto_context(spec: ModelSpec, *, cache: CacheType, device: torch.device) -> int:
+def auto_context(spec: ModelSpec, *, cache: CacheType, device: torch.device, free: int | None = None) -> int:
     """The longest context, up to the model's own, whose cache fits into the memory that is free now.
 
-    Call after the weights are loaded. Raises OutOfMemory when not even one page fits.
+    free: bytes beside the weights; None: what is free now, after loading them. Raises OutOfMemory when not even one
+    page fits.
     """
+    total = free_memory(device) if free is None else max(0, free)
     geometry = geometry_of(spec, cache)
-    free = free_memory(device) - working_bytes(spec) - min(RESERVE, free_memory(device) // 4)
-    pages = int(free * SHARE) // geometry.bytes_per_page - 1
+    room = total - working_bytes(spec) - min(RESERVE, total // 4)
+    pages = int(room * SHARE) // geometry.bytes_per_page - 1
     if pages < 1:
         raise OutOfMemory(
-            f"{free_memory(device) / 2**30:.1f} GiB are free on {device}: too little for a cache page of "
+            f"{total / 2**30:.1f} GiB are free on {device}: too little for a cache page of "
             f"{geometry.bytes_per_page / 2**20:.0f} MiB",
             hint="close other programs, or choose a smaller cache type (--cache q8)",
         )

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 
 from ..cache.geometry import free_memory
+from ..cache.types import CacheType
 from ..checkpoint.reader import Checkpoint
 from ..config.names import Source
 from ..config.read import load_config
 from ..config.resolve import resolve
 from ..config.spec import MlpSpec, ModelSpec
+from ..errors import OutOfMemory
 from ..formats.detect import MARKERS
 from .attending import attention_lines, pages_like
-from .placement import plan, resolve_cache
+from .placement import auto_context, cache_pages, geometry_of, plan, resolve_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,12 @@ class KindSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSummary:
-    """Sizes in bytes, lengths in tokens. `bits_per_weight` counts the decoder layers, as EXL2 names do."""
+    """Sizes in bytes, lengths in tokens. `bits_per_weight` counts the decoder layers, as EXL2 names do.
+
+    cache_bytes is the least for one sequence of `context` tokens. A load asked for that context (or for "auto", when
+    none was named) would take a context of load_context now, and load_cache_bytes for it: room for batches and earlier
+    prompts comes with it. Both are 0 when it would not fit.
+    """
 
     name: str
     path: str
@@ -48,6 +55,8 @@ class ModelSummary:
     working_bytes: int
     total_bytes: int
     free_bytes: int
+    load_context: int = 0
+    load_cache_bytes: int = 0
     attention: tuple[str, ...] = ()  # on the GPU that is here: who does it, and why
 
 
@@ -88,6 +97,7 @@ def summarize(
         stored = stored_weights(checkpoint, spec)
         file_bytes = checkpoint.total_bytes
     weight_bytes = stored.nbytes
+    free = free_memory(where)
     needed = plan(spec, context=context or spec.context_length, weight_bytes=weight_bytes, cache=kind)
     return ModelSummary(
         name=folder.resolve().name,
@@ -105,9 +115,20 @@ def summarize(
         cache_bytes=needed.cache_bytes,
         working_bytes=needed.working_bytes,
         total_bytes=needed.total_bytes,
-        free_bytes=free_memory(where),
+        free_bytes=free,
         attention=_attention(spec, cache),
+        **_load(spec, context, kind, where, free - weight_bytes),
     )
+
+
+def _load(spec: ModelSpec, context: int | None, cache: CacheType, device: torch.device, free: int) -> dict[str, int]:
+    """What opening the model would take for its cache, with `free` bytes beside the weights."""
+    try:
+        length = auto_context(spec, cache=cache, device=device, free=free) if context is None else context
+    except OutOfMemory:
+        return {}
+    nbytes = cache_pages(spec, length, cache=cache, device=device, free=free) * geometry_of(spec, cache).bytes_per_page
+    return {"load_context": length, "load_cache_bytes": nbytes} if nbytes <= free else {}
 
 
 def _attention(spec: ModelSpec, cache: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..cache.storage import KVStorage
+from ..cache.tiers import check_host_cache, host_limit
 from ..checkpoint.packed import NOT_KEPT
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
@@ -32,8 +33,9 @@ from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 from .draft import open_draft
+from .info import RuntimeInfo
 from .packed import packed_cache as open_packed_cache
-from .runtime import Runtime, RuntimeInfo
+from .runtime import Runtime
 from .spread import check_split, open_spread
 
 DEMO = "demo"
@@ -59,6 +61,7 @@ def load(
     speculate: Speculate = "auto",
     packed_cache: bool = True,
     step_tokens: int = PREFILL_TOKENS,
+    host_cache: int | str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> Runtime:
     """Open a model.
@@ -83,6 +86,9 @@ def load(
               folder (about the model's size; the three used last; README, "The packed cache"), and start from that
     step_tokens  most tokens of one step: what running replies do not need of it is for prompts. Fewer keep replies that
               run beside a long prompt more fluent, more read the prompt faster
+    host_cache  bytes of host memory for what leaves the cache: an earlier prompt then comes back without being
+              computed. "auto": a quarter of what is free (at most 16 GiB) beside a GPU, 0 on the CPU, whose cache is
+              in host memory already
     progress  called with one line of text now and then (building kernels, loading layers)
     Raises ConfigError, UnsupportedModel, CheckpointError, FormatError, NonFiniteError, TokenizerError, TemplateError,
     BackendUnavailable, OutOfMemory or UsageError; each says what to do.
@@ -98,6 +104,7 @@ def load(
     if isinstance(step_tokens, bool) or not isinstance(step_tokens, int) or not 1 <= step_tokens <= MOST_STEP_TOKENS:
         raise UsageError(f"step_tokens is {step_tokens!r}", hint=f"give a number of tokens up to {MOST_STEP_TOKENS}")
     check_split(gpu_split, device, backend)
+    check_host_cache(host_cache)
     folder = find(model)
     draft_folder = None if draft is None else find(draft)
     report = progress or (lambda text: None)
@@ -144,7 +151,8 @@ def load(
             accuracy=accuracy,
         )
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
-        return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens)
+        beside = host_limit(host_cache, spread.kv.device)
+        return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens, host_cache=beside)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
@@ -207,6 +215,7 @@ def load(
         draft=drafting,
         speculate=speculate,
         step_tokens=step_tokens,
+        host_cache=host_limit(host_cache, where),
     )
 
 

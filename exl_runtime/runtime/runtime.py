@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ from ..model.transformer import Transformer
 from ..sampling.params import SamplingParams
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
+from .info import RuntimeInfo, RuntimeStats
+from .kv import HeldKV, KVKeeper
 from .lora import Given, LoraInfo, Loras
 from .prepare import Message, Preparer, Prompt, Rendered, is_batch
 from .samples import expanded
@@ -34,48 +38,6 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256  # of a reply when the caller names no limit
 _END = object()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeInfo:
-    """What was opened and how. Sizes in bytes, context in tokens, times in seconds."""
-
-    name: str
-    path: str
-    architecture: str
-    format: str  # "exl2", "gptq", "dense", or several joined by "+"
-    bits_per_weight: float  # of the decoder layers
-    context: int
-    cache: str  # type of keys and values: "fp16", "q8", "k6v4" ...
-    backend: str  # "cpu", "cuda" or "reference"
-    device: str
-    weight_bytes: int
-    cache_bytes: int
-    load_seconds: float
-    is_demo: bool
-    accuracy: str = "exact"  # or "fast", see `load`
-    attention: str = ""  # what attends over prompts: "native", "reference", or on a card "flash", "sdpa" or "own"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeStats:
-    """Counters since the model was opened. Rates are of the time the requests themselves report."""
-
-    requests: int
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    waiting: int
-    running: int
-    pages_total: int
-    pages_held: int
-    pages_idle: int
-    weight_bytes: int
-    cache_bytes: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    drafted_tokens: int = 0  # guessed ahead
-    accepted_tokens: int = 0  # ... of which so many came true
 
 
 class Runtime:
@@ -96,7 +58,9 @@ class Runtime:
         draft: tuple[Transformer, KVStorage] | None = None,
         speculate: Speculate = "auto",
         step_tokens: int = PREFILL_TOKENS,
+        host_cache: int = 0,
     ) -> None:
+        """`host_cache`: bytes of host memory for what reused pages held."""
         self.info = info
         self._speculate = speculate
         self.tokenizer = tokenizer
@@ -109,8 +73,10 @@ class Runtime:
             prefill_tokens=step_tokens,
             draft=draft,
             recorder=recorder_for(model),
+            host_bytes=host_cache,
         )
         self._loras = Loras(model)
+        self._kv = KVKeeper(Path(info.path), f"{info.backend} {getattr(model, 'dtype', '')} {info.accuracy}")
         self._preparer = Preparer(
             tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
         )
@@ -249,6 +215,26 @@ class Runtime:
         """The adapters that are loaded."""
         return self._loras.infos
 
+    # --- keys and values as files -----------------------------------------------------------------------------
+
+    @contextmanager
+    def held_kv(self, messages: Sequence[Message]) -> Iterator[HeldKV]:
+        """What the cache holds of a conversation, for a snapshot: its size, and the bytes to write within the block."""
+        ids = self._preparer.render(messages, add_generation_prompt=False).ids
+        with self._kv.holding(self._engine(), ids) as held:
+            yield held
+
+    def open_kv(self, path: str | PathLike[str]) -> int:
+        """Let prompts begin with what the snapshot in `path` holds; returns its tokens. It is read when needed.
+
+        Raises StorageError in one line: damaged, cut short, of another model or another cache type.
+        """
+        return self._kv.open(self._engine(), Path(path))
+
+    def drop_kv(self, path: str | PathLike[str]) -> None:
+        """Read no more from the snapshot in `path`, if it is open. The file stays."""
+        self._kv.drop(self._engine(), Path(path))
+
     # --- conversations ----------------------------------------------------------------------------------------
 
     def chat(self, system: str | None = None) -> "ChatSession":
@@ -296,6 +282,10 @@ class Runtime:
             decode_tokens_per_second=decode,
             drafted_tokens=now.drafted_tokens,
             accepted_tokens=now.accepted_tokens,
+            reused_from_host=now.host_tokens,
+            reused_from_disk=now.disk_tokens,
+            evictions=now.evictions,
+            host_cache_bytes=now.host_bytes,
         )
 
     def close(self) -> None:
@@ -303,6 +293,7 @@ class Runtime:
         generator, self._generator = self._generator, None
         self._loras.clear()
         if generator is not None:
+            self._kv.close()
             devices = devices_of(generator.model)
             del generator
             free_devices(devices)

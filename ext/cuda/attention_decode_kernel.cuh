@@ -137,6 +137,7 @@ constexpr int kPartFloats = 8 * kTiles * (kDim + 2);
 template <int kDim, bool kCodes, int kTiles>
 __global__ void __launch_bounds__(32 * kDecodeWarps, 1)
     decode_kernel(const CudaAttention a, const DecodeLayout layout, const float scale) {
+  ptx::grid_launch_dependents();  // as in norm.cu: all blocks have their place by then
   constexpr int kColumns = 8 * kTiles, kThreads = 32 * kDecodeWarps, kRing = kSlots<kDim, kCodes>;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int kv_head = blockIdx.x;

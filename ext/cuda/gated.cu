@@ -4,6 +4,7 @@
 
 #include "activation.cuh"
 #include "element.cuh"
+#include "ptx.h"
 
 namespace exl {
 namespace {
@@ -22,6 +23,7 @@ template <GatedActivation A, class T, class Out>
 __global__ void __launch_bounds__(kThreads)
     gated_rows(const T* gate, const T* up, Out* out, int64_t count, int64_t cols, int64_t gate_stride,
                int64_t up_stride) {
+  ptx::grid_launch_dependents();  // as in norm.cu
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
   const int64_t row = i / cols, column = i - row * cols;

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "element.cuh"
+#include "ptx.h"
 
 namespace exl {
 namespace {
@@ -17,6 +18,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
     row_norm(X* x, const D* __restrict__ delta, const float* __restrict__ weight,
              const int32_t* __restrict__ order, Y* y, int64_t rows, int cols, float eps, float offset) {
   EXL_SHARED(double, parts, [kWarps]);
+  ptx::grid_launch_dependents();  // a product that follows fetches weights meanwhile, and waits for this one
   constexpr int step = WARPS_PER_ROW * 32;
   const int64_t row = WARPS_PER_ROW == 1 ? int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5) : int64_t(blockIdx.x);
   const int first = WARPS_PER_ROW == 1 ? int(threadIdx.x & 31) : int(threadIdx.x);

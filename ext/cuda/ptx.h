@@ -238,7 +238,8 @@ PTX_FN void grid_wait() {
 #endif
 }
 
-// The next kernel may be started from now on.
+// The next kernel may be started once every block has come here; only one launched by EXL_LAUNCH_PDL is, and it waits
+// for the whole of this one in grid_wait.
 PTX_FN void grid_launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

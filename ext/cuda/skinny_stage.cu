@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) stage(const T* x, const int32_t* row
                                                   int64_t m, int64_t inputs, int64_t units) {
   constexpr bool kCopy = sizeof(T) == 2 && !std::is_same<T, __nv_bfloat16>::value;
   EXL_SHARED(float, warp_most, [kThreads / 32]);
+  ptx::grid_launch_dependents();  // the product fetches weights already while the kernel before this one ends
   ptx::grid_wait();
-  ptx::grid_launch_dependents();
   const int64_t row = blockIdx.y;
   const T* from = x + row * inputs;
   float factor = 1.0f;

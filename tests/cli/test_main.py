@@ -223,7 +223,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exl_runtime.runtime, "load", load)
     line = "run m -p q --device cpu --backend reference --context 2k --cache bf16 --threads 3 --template t.jinja"
-    line += " --draft d --speculate draft --accuracy fast --no-packed-cache"
+    line += " --draft d --speculate draft --accuracy fast --no-packed-cache --host-cache 8G"
     assert exl(*line.split(" ")) == 0
     del seen["progress"]
     assert seen == {
@@ -240,6 +240,7 @@ def test_loading_options_reach_load(monkeypatch: pytest.MonkeyPatch) -> None:
         "draft": "d",
         "speculate": "draft",
         "packed_cache": False,
+        "host_cache": 8 << 30,
     }
 
 
@@ -313,8 +314,8 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
     seen = []
 
-    def look(folder: Path, context: int | None, *, cache: str) -> object:
-        seen.append((folder, context, cache))
+    def look(folder: Path, context: int | None, *, cache: str, device: str) -> object:
+        seen.append((folder, context, cache, device))
         return summary()
 
     monkeypatch.setattr(exl_runtime.model.summary, "summarize", look)
@@ -323,9 +324,9 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     for word in ("model\\x1b[31m", "Fake", "4.25", "5,770,496", "attention", "4.20", "512 tokens", "fits", "5.0 MiB"):
         assert word in out
     assert "\x1b" not in out
-    assert exl("info", str(tmp_path), "--json", "--cache", "k6v4") == 0
+    assert exl("info", str(tmp_path), "--json", "--cache", "k6v4", "--device", "cpu") == 0
     assert json.loads(capsys.readouterr().out)["kinds"][0]["matrices"] == 24
-    assert seen[0][1:] == (512, "auto") and seen[1][1:] == (None, "k6v4")
+    assert seen[0][1:3] == (512, "auto") and seen[1][1:] == (None, "k6v4", "cpu")
     assert exl("info", str(tmp_path), "--cache", "k6v9") == 2
     assert "'k6v9' is no cache type: use auto, fp32, fp16, bf16, q8, q6, q4, or kXvY" in capsys.readouterr().err
     assert exl("info", str(tmp_path / "absent")) == 2

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 
 from ...errors import ExlError, UsageError
-from . import adapters, branches, choosing, files, machine, prompt, shape, turns
+from . import adapters, branches, choosing, files, kv, machine, prompt, shape, turns
 from .base import Command, Conversation
 from .files import show_loaded
 
@@ -79,6 +79,7 @@ COMMANDS: tuple[Command, ...] = (
     *shape.COMMANDS,
     *adapters.COMMANDS,
     *files.COMMANDS,
+    *kv.COMMANDS,
     *machine.COMMANDS,
     Command("help", "/help [COMMAND]", "this list", "program", _help, ("h", "?")),
     Command("exit", "/exit", "leave", "program", _exit, ("quit", "q", "bye")),

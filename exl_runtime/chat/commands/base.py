@@ -24,6 +24,7 @@ class Conversation:
 
     file, left_file    saved to or loaded from last; whether the conversation in it was cleared away
     keep               conversations are kept in the user's folder by themselves
+    auto_kv            ... with their keys and values
     draft, draft_takes goes on the next input line, and what becomes of the line that comes back
     attached           files that go along with the next message: (name, text)
     wants_editor       the text to open the user's editor with, outside of the reply's terminal mode
@@ -37,6 +38,7 @@ class Conversation:
     file: Path | None = None
     left_file: bool = False
     keep: bool = False
+    auto_kv: bool = False
     draft: str = ""
     draft_takes: Callable[[str], object] | None = None
     attached: list[tuple[str, str]] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Conversation:
         """Leave the present conversation for another."""
         self.leave()
         self.session, self.last, self.draft, self.draft_takes = session, None, "", None
+        session.kv.auto = self.auto_kv
         self.start_keeping()
 
     def start_keeping(self) -> None:

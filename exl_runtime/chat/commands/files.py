@@ -12,6 +12,7 @@ from ..export import FORMATS, export
 from ..session import ChatSession
 from .base import Command, Conversation
 from .branches import show_end
+from .kv import loaded
 
 GROUP = "files"
 HITS = 20  # that /search shows
@@ -45,6 +46,10 @@ def show_loaded(chat: Conversation, path: Path) -> None:
     """What was loaded, and how it ended."""
     turns = chat.session.turns
     chat.screen.notice(f"loaded {len(turns)} messages, with their system prompt and settings, from {path}")
+    if problem := chat.session.kv.told():
+        chat.screen.warning(problem.problem)
+    elif chat.session.kv.loaded:
+        chat.screen.notice(loaded(chat.session.kv.loaded))
     if len(branches := chat.session.branches) > 1:
         chat.screen.notice(f"the conversation has {len(branches)} branches (/branches)")
     show_end(chat)

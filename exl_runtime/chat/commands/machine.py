@@ -49,6 +49,8 @@ def _stats(chat: Conversation, rest: str) -> None:
         elif isinstance(value, float):
             value = f"{value:.1f}"
         rows.append((entry.name.replace("_", " "), str(value)))
+    if (rate := getattr(runtime.stats, "hit_rate", None)) is not None:
+        rows.append(("prompt tokens not computed", f"{rate:.0%}"))
     if chat.last is not None:
         rows.append(("last reply", status.status_line(chat.last, runtime.info.context)))
     chat.screen.table(rows)
@@ -62,6 +64,8 @@ def _mem(chat: Conversation, rest: str) -> None:
     held, total = getattr(stats, "pages_held", None), getattr(stats, "pages_total", None)
     if total:
         rows.append(("cache pages held", f"{held} of {total}"))
+        rows.append(("cache pages reused by others", str(stats.evictions)))
+        rows.append(("pages in host memory", status.size(stats.host_cache_bytes)))
     chat.screen.table(rows)
 
 
