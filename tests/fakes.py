@@ -31,6 +31,7 @@ class FakeSpec:
     vocab_size: int = VOCAB
     context_length: int = 10_000
     eos_ids: tuple[int, ...] = (EOS,)
+    layers: tuple[object, ...] = ()  # nothing in the fake turns keys
     rope_switch: int = 0  # above 0: longer plans get another rope
 
     def rope_length(self, planned: int) -> int:

@@ -4,4 +4,5 @@
 `geometry.py`  sizes, and what memory is free     `storage.py`  the tensors behind the pages
 `pages.py`     who holds which page, what is next `prefix.py`   what the pages hold, by chained hashes
 `window.py`    what leaves when a context overflows
+`sinks.py`     the first tokens, which stay and move along when others leave
 """

@@ -102,6 +102,31 @@ class PageTable:
         self._acquire(found[0])
         return Match(pages, keys, *found)
 
+    def has(self, key: bytes) -> bool:
+        """True while a full page with this key can be found."""
+        return self._tree.find(key) is not None
+
+    def reach(self, keys: Sequence[bytes], parent: bytes, tokens: Sequence[int]) -> Match:
+        """Acquire the full pages with these keys, which follow each other and are all there, whatever has become of
+        what was before them; then part of one more, whose key follows `parent`, that begins like `tokens`."""
+        pages = []
+        for key in keys:
+            page = self._tree.find(key)
+            assert page is not None, "a page is gone"
+            self._acquire(page)
+            pages.append(page)
+        if pages:
+            self._tree.detach(pages[0])
+        found = self._tree.longest(parent, pack(tokens))
+        if found is None:
+            return Match(pages, [*keys], None, 0)
+        self._acquire(found[0])
+        return Match(pages, [*keys], *found)
+
+    def detach(self, page: int) -> None:
+        """What comes before `page` is about to be released; the page itself stays in use."""
+        self._tree.detach(page)
+
     def fork(self, match: Match) -> tuple[int, PageCopy | None]:
         """A page to go on writing after match.shared tokens, and the copy that must be made first, if any.
 

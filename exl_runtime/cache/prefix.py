@@ -6,7 +6,7 @@ prefixes, and every page of a prefix is reachable from the root one hash at a ti
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 TOKEN_BYTES = array("i").itemsize
@@ -41,7 +41,8 @@ def common_tokens(a: bytes, b: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one page holds. `key` is None while the page is not full; `first` marks the first page of a prefix."""
+    """What one page holds. `key` is None while the page is not full; `first` marks the first page of a prefix,
+    and one whose parent may be gone."""
 
     parent: bytes
     packed: bytes
@@ -99,6 +100,12 @@ class PrefixTree:
             del self._children[node.parent]
         if node.key is not None:
             del self._sealed[node.key]
+
+    def detach(self, page: int) -> None:
+        """Let `page` stand for itself: it can be found by its key even when its parent is gone."""
+        node = self.nodes.get(page)
+        if node is not None and not node.first:
+            self.nodes[page] = replace(node, first=True)
 
     def is_leaf(self, page: int) -> bool:
         """True when no page follows this one."""

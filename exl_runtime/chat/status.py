@@ -53,7 +53,7 @@ def status_line(result: Result, context: int) -> str:
     parts = [
         f"prompt {count(result.prompt_tokens)} tok{cached}{rate(computed, result.seconds_prefill)}",
         f"gen {count(result.generated_tokens)} tok{rate(result.generated_tokens - 1, result.seconds_decode)}",
-        f"ctx {gauge(used(result), context)}",
+        f"ctx {gauge(min(used(result), context), context)}",
     ]
     if reason := REASONS.get(result.stop_reason):
         parts.append(reason)
@@ -70,7 +70,7 @@ REASONS = {
 
 
 def used(result: Result) -> int:
-    """Tokens of the context that prompt and reply occupy."""
+    """Tokens that prompt and reply had to find room for; more than the context where old ones left meanwhile."""
     return result.prompt_tokens + result.generated_tokens
 
 

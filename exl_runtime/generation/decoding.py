@@ -154,4 +154,5 @@ class Decoder:
             pages=sequence.pages,
             rope_length=sequence.rope_length,
             slot=slot,
+            shift=sequence.shift,
         )

@@ -93,7 +93,7 @@ class Drafter:
         work = [part for part in work if part[1]]
         if not work:
             return None
-        parts = [Part(ids, s.pages, start, start + len(ids)) for s, ids, start in work]
+        parts = [Part(ids, s.pages, start, start + len(ids), shift=s.shift) for s, ids, start in work]
         rows, end = [], -1
         for part in parts:
             end += len(part.ids)

@@ -98,9 +98,15 @@ class Engine:
             if sequence.started is not None:
                 continue
             sequence.started = self._clock()
-            if sequence.dropped_tokens or sequence.request.dropped_turns:
-                events.append(Dropped(sequence.id, sequence.dropped_tokens, sequence.request.dropped_turns))
+            sequence.told = sequence.left
+            dropped = sequence.dropped_tokens + sequence.left
+            if dropped or sequence.request.dropped_turns:
+                events.append(Dropped(sequence.id, dropped, sequence.request.dropped_turns))
             events.append(Started(sequence.id, len(sequence.prompt), sequence.reused_tokens or 0))
+        for sequence in self.scheduler.running:
+            if sequence.left > sequence.told and sequence.started is not None:
+                events.append(Dropped(sequence.id, sequence.left - sequence.told, 0))
+                sequence.told = sequence.left
         for sequence in step.stuck:
             if sequence.generated:
                 self._finish(sequence, "context", "", events)
@@ -251,7 +257,7 @@ class Engine:
             return
         if text:
             self._report(sequence, text, events)
-        if len(sequence.tokens) >= self._context:
+        if sequence.roll is None and len(sequence.tokens) >= self._context:
             self._move_window(sequence, events)
 
     def _why_it_ends(self, sequence: Sequence) -> StopReason | None:
@@ -280,7 +286,7 @@ class Engine:
         sequence.take_back(index)
 
     def _move_window(self, sequence: Sequence, events: list[Event]) -> None:
-        """Let old tokens go; those that stay get new positions, so they are computed again."""
+        """Let old tokens go where the context has too few pages to roll: what stays is computed again."""
         gone = self._cut(len(sequence.tokens), sequence.request.keep)
         self.scheduler.requeue(sequence)
         del sequence.tokens[gone.start : gone.stop]

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..cache.pages import PageTable
 from ..cache.prefix import root_key
+from ..cache.sinks import SinkKeeper
 from ..cache.snapshot import Contents, Snapshot
 from ..cache.storage import KVStorage
 from ..cache.tiers import Tiers
 from ..errors import PromptTooLong, UsageError
+from ..model.angles import key_frequencies
 from ..model.graph import Recordable, Recorder
 from ..model.lora import Mix
 from .decoding import Decoder
@@ -28,6 +30,7 @@ from .drafting import Drafter
 from .engine import Engine
 from .intake import Intake, MakeSampler
 from .request import Request, Result
+from .rolling import Roller
 from .runner import Model, Runner, Visit
 from .scheduler import MAX_RUNNING, PREFILL_TOKENS, Scheduler
 from .sequence import Sequence
@@ -88,7 +91,11 @@ class Generator:
             make_sampler=make_sampler,
             drafts=draft is not None,
         )
-        self._scheduler = Scheduler(self.table, prefill_tokens=prefill_tokens, max_running=max_running)
+        stores = [(kv, key_frequencies(model.spec))]
+        if draft is not None:
+            stores.append((draft[1], key_frequencies(draft[0].spec)))
+        roller = Roller(self.table, SinkKeeper(stores))
+        self._scheduler = Scheduler(self.table, prefill_tokens=prefill_tokens, max_running=max_running, roller=roller)
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
         self._speculator = Speculator(drafter, context=self.context)

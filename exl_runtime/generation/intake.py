@@ -47,6 +47,7 @@ class Intake:
         self.context = context
         self._drafts = drafts
         self.step = window.slack(context, page_size)
+        self._page_size = page_size
         self._make_sampler = make_sampler or self._default_sampler
         # Fine-tunes often teach a new end of turn and tell only the tokenizer, not the configuration.
         eos = tokenizer.eos_id
@@ -62,8 +63,11 @@ class Intake:
             raise UsageError(
                 "there is no draft model to speculate with", hint='open one with the model: load(..., draft="FOLDER")'
             )
-        tokens, dropped = self._fit(request)
+        roll = self._roll(request)
+        tokens, gone = self._fit(request, roll)
+        length = len(tokens)
         healed = self._heal(tokens) if request.heal else b""
+        whole = request.prompt[: len(request.prompt) - (length - len(tokens))]
         limit = self.context if request.max_tokens is None else request.max_tokens
         planned = self.context if request.overflow == "window" else min(len(tokens) + limit, self.context)
         rope_length = self.spec.rope_length(planned)
@@ -80,7 +84,10 @@ class Intake:
             stop_ids=StopIds(self.eos_ids, request.stop_ids | self._spelled(request.stop)),
             stop_text=StopStream(request.stop),
             submitted=now,
-            dropped_tokens=dropped + request.dropped_tokens,
+            dropped_tokens=gone.tokens + request.dropped_tokens,
+            roll=roll,
+            whole=whole if roll is not None and gone.tokens else None,
+            cut=gone,
             planned=planned,
             steering=self._steering(request, healed or request.prefix.encode("utf-8")),
             bans=Bans(request.banned_strings) if request.banned_strings else None,
@@ -145,8 +152,14 @@ class Intake:
         """What leaves a full context so that the reply can go on."""
         return window.cut(length, limit=self.context - 1, keep=keep, step=self.step)
 
-    def _fit(self, request: Request) -> tuple[list[int], int]:
-        """The prompt as it will run, and how many tokens had to leave."""
+    def _roll(self, request: Request) -> window.Roll | None:
+        # Places in the prompt are counted from its beginning where each of its tokens is scored.
+        if request.overflow != "window" or request.prompt_logprobs:
+            return None
+        return window.roll_for(self.context, request.keep, self._page_size)
+
+    def _fit(self, request: Request, roll: window.Roll | None) -> tuple[list[int], window.Cut]:
+        """The prompt as it will run when nothing is cached, and what has to leave for that."""
         tokens = list(request.prompt)
         if request.overflow == "error":
             if len(tokens) >= self.context:
@@ -154,11 +167,12 @@ class Intake:
                     f"the prompt is {len(tokens)} tokens, the context holds {self.context} with at least one of reply",
                     hint="shorten it, raise --context, or let old tokens go: --overflow drop or window",
                 )
-            return tokens, 0
+            return tokens, window.NOTHING
         limit = window.prompt_limit(self.context, request.max_tokens)
-        gone = window.cut(len(tokens), limit=limit, keep=request.keep, step=self.step)
+        keep = request.keep if roll is None else roll.kept
+        gone = window.cut(len(tokens), limit=limit, keep=keep, step=self.step)
         del tokens[gone.start : gone.stop]
-        return tokens, gone.tokens
+        return tokens, gone
 
     def check_ids(self, prompt: Many[int]) -> None:
         """Raise UsageError for an id the model does not know; `prompt` is not empty."""

@@ -36,8 +36,11 @@ class Request:
     priority       higher runs first and keeps its pages longest; equal priorities in order of submission
     overflow       "error": a prompt that does not fit raises PromptTooLong, a full context ends the reply;
                    "drop": the oldest prompt tokens after the first `keep` leave so that prompt and reply fit;
-                   "window": the same, and again whenever the context is full: the reply goes on
-    keep           first tokens that never leave
+                   "window": the reply goes on when the context is full, and so does the next turn of a conversation:
+                   the oldest page behind the first `keep` tokens leaves, nothing that stays is computed again (a
+                   context of fewer than three pages drops a quarter and computes the rest again). A prompt that is
+                   too long and of which nothing is cached is cut as with "drop"
+    keep           first tokens that never leave; a window keeps whole pages of them, at most three eighths
     skip_special   leave special tokens out of the text
     dropped_*      what the caller left out already (whole turns of a conversation); reported in events and result
     speculate      guess tokens ahead and check several in one pass; the reply is the same with and without, only the

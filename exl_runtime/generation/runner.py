@@ -32,13 +32,15 @@ How: TypeAlias = tuple[float, float, float, Many[int]]  # a draw: temperature (0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """New tokens of one sequence, at the cache indices start ... stop - 1 of these pages, under these adapters."""
+    """New tokens of one sequence, at cache indices start ... stop - 1 of these pages, under these adapters; rope
+    positions are `shift` more."""
 
     ids: Many[int]
     pages: Many[int]
     start: int
     stop: int
     mix: Mix = ()
+    shift: int = 0
 
 
 class Model(Protocol):
@@ -162,8 +164,7 @@ class Runner:
 
     def _plan_of(self, chunks: Many[Chunk]) -> Plan:
         parts = [
-            Part(chunk.ids, chunk.sequence.pages, chunk.start, chunk.end, chunk.sequence.request.lora)
-            for chunk in chunks
+            Part(c.ids, c.sequence.pages, c.start, c.end, c.sequence.request.lora, c.sequence.shift) for c in chunks
         ]
         rows: list[int] = []
         end = 0
@@ -189,7 +190,7 @@ class Runner:
         starts = [0]
         for part in parts:
             tokens += part.ids
-            positions += range(part.start, part.stop)
+            positions += range(part.start + part.shift, part.stop + part.shift)
             at = part.start
             while at < part.stop:  # a run of slots for every page that is touched
                 until = min(part.stop, at - at % size + size)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..cache.pages import PageTable
 from ..errors import CacheFull
 from .request import RequestState
+from .rolling import Found, Roller
 from .sequence import Sequence
 
 PREFILL_TOKENS = 512  # tokens of one forward pass
@@ -73,9 +74,16 @@ class Scheduler:
     """Holds the queue and the running requests, both in order of rank. Not thread-safe."""
 
     def __init__(
-        self, table: PageTable, *, prefill_tokens: int = PREFILL_TOKENS, max_running: int = MAX_RUNNING
+        self,
+        table: PageTable,
+        *,
+        prefill_tokens: int = PREFILL_TOKENS,
+        max_running: int = MAX_RUNNING,
+        roller: Roller | None = None,
     ) -> None:
+        """`roller` moves the windows of sequences that have a `roll`; without one there must be none."""
         self.table = table
+        self.roller = roller
         self.prefill_tokens = prefill_tokens
         self.max_running = max_running
         self.waiting: list[Sequence] = []
@@ -111,7 +119,9 @@ class Scheduler:
         decode: list[Sequence] = []
         preempted: list[Sequence] = []
         for sequence in tuple(self.running):
-            # A sequence that had to yield to one before it is no longer in this state.
+            # A sequence that had to yield to one before it is queued again.
+            if sequence.state is RequestState.QUEUED or not self._roll(sequence, preempted):
+                continue
             if sequence.state is RequestState.DECODE and self._make_room(sequence, preempted):
                 decode.append(sequence)
         admitted: list[Sequence] = []
@@ -121,7 +131,7 @@ class Scheduler:
         left = max(self.prefill_tokens - len(decode) - sum(sequence.room for sequence in decode), 1)
         shares: dict[Sequence, int] = {}
         for sequence in self._prompts(admitted, stuck):
-            rest = len(sequence.tokens) - sequence.kv_length
+            rest = min(len(sequence.tokens), sequence.capacity) - sequence.kv_length
             shares[sequence] = rest if rest <= left else max(1, left // 2)
             left -= shares[sequence]
             if left == 0:
@@ -129,7 +139,8 @@ class Scheduler:
         prefill = []
         for sequence, share in shares.items():
             start = sequence.kv_length
-            stop = min(start + share + left, len(sequence.tokens))  # what others did not need goes to the first
+            most = min(len(sequence.tokens), sequence.capacity)
+            stop = min(start + share + left, most)  # what others did not need goes to the first
             left -= stop - start - share
             prefill.append(Chunk(sequence, start, stop))
         return Step(tuple(prefill), tuple(decode), tuple(admitted), tuple(preempted), tuple(stuck))
@@ -182,18 +193,33 @@ class Scheduler:
             else:
                 return
 
+    def _roll(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """Let the oldest page of a full window leave. False if the sequence had to yield."""
+        roller = self.roller
+        if roller is None or not roller.full(sequence):
+            return True
+        while roller.missing(sequence) > 0:
+            if not self._yield_one(sequence, preempted):
+                return False
+        roller.move(sequence)
+        return self._make_room(sequence, preempted)
+
+    def _yield_one(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """The lowest rank gives its pages. False if that is `sequence` itself."""
+        victim = self.running[-1]
+        self.requeue(victim)
+        preempted.append(victim)
+        return victim is not sequence
+
     def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """A slot for the token that a decoding sequence computes next. False if it had to yield."""
+        """A slot for the token that a sequence computes next. False if it had to yield."""
         if sequence.kv_length < len(sequence.pages) * self.table.page_size:
             return True
         while True:
             try:
                 page = self.table.take()
             except CacheFull:
-                victim = self.running[-1]
-                self.requeue(victim)
-                preempted.append(victim)
-                if victim is sequence:
+                if not self._yield_one(sequence, preempted):
                     return False
                 continue
             sequence.pages.append(page)
@@ -203,6 +229,8 @@ class Scheduler:
     def _grant(self, sequence: Sequence) -> None:
         """Room for as many guesses as wished, in pages that nobody else is going to miss."""
         size = self.table.page_size
+        if sequence.roll is not None:
+            sequence.wish = min(sequence.wish, sequence.capacity - sequence.kv_length - 1)
         while sequence.kv_length + 1 + sequence.wish > len(sequence.pages) * size:
             if self.table.available <= len(self.running):
                 break
@@ -213,12 +241,18 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix, and pages for all its tokens. False if there are too few."""
         table = self.table
-        needed = -(-len(sequence.tokens) // table.page_size)
         if self._refused == (sequence, table.version, len(self.running)):
             return False
         # At least the last token is computed again: its logits are wanted.
         limit = min(len(sequence.tokens) - 1, sequence.reusable)
-        match = table.match(sequence.tokens, root=sequence.root, limit=limit)
+        needed = -(-len(sequence.tokens) // table.page_size)
+        roller, roll, found = self.roller, sequence.roll, None
+        if roller is not None and roll is not None:
+            found = roller.find(sequence)
+            match = roller.match(sequence, found, len(found.tokens) - 1)
+            needed = min(-(-len(found.tokens) // table.page_size), roll.pages)
+        else:
+            match = table.match(sequence.tokens, root=sequence.root, limit=limit)
         # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
         headroom = min(len(self.running), table.pages // 8)
         in_place = match.source is not None and table.references(match.source) == 1
@@ -232,8 +266,6 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda other: other.rank)
         sequence.move(RequestState.PREFILL)
-        sequence.kv_length = len(match.pages) * table.page_size + match.shared
-        sequence.draft_length = sequence.kv_length
         sequence.matched = len(match.pages)
         sequence.keys = match.keys
         sequence.follows = None
@@ -245,10 +277,24 @@ class Scheduler:
             page, sequence.copy = table.fork(match)
             fresh.insert(0, page)
         sequence.pages = match.pages + fresh
+        if roller is not None and found is not None:
+            self._resume(roller, sequence, found)
+        sequence.kv_length = len(sequence.keys) * table.page_size + match.shared
+        sequence.draft_length = sequence.kv_length
         sequence.version += 1
         if sequence.reused_tokens is None:
             sequence.reused_tokens = sequence.kv_length
         return True
+
+    def _resume(self, roller: Roller, sequence: Sequence, found: Found) -> None:
+        """Go on with a window, which begins with pages that are still to be written where something has left it."""
+        sinks: list[int] = []
+        if found.keys:
+            assert sequence.roll is not None
+            count = sequence.roll.sinks
+            sinks, rest = sequence.pages[-count:], sequence.pages[:-count]
+            sequence.pages, sequence.keys, sequence.matched = [*sinks, *rest], list(found.keys), 0
+        roller.adopt(sequence, found, sinks)
 
     def _should_follow(self, sequence: Sequence) -> bool:
         """True while a running prompt is still to compute a beginning that this sequence could reuse afterwards."""
@@ -258,6 +304,8 @@ class Scheduler:
             worthwhile = max(1, self.table.page_size // 8)
             for other in self.running:
                 if other.state is not RequestState.PREFILL or other.root != sequence.root:
+                    continue
+                if len(other.tokens) > other.capacity:  # its beginning leaves
                     continue
                 common = _common(sequence.tokens, other.tokens)
                 if common >= other.kv_length + worthwhile:
@@ -282,6 +330,9 @@ class Scheduler:
         sequence.keys = []
         sequence.kv_length = 0
         sequence.draft, sequence.wish, sequence.room = [], 0, 0
+        sequence.sinks = None
+        if sequence.shift:
+            sequence.set_gone(0)
         if sequence.shadow is not None:
             sequence.shadow.release(self.table)
         sequence.version += 1

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.pages import PageCopy
+from ..cache.sinks import Sinks
+from ..cache.window import NOTHING, Cut, Roll
 from ..sampling.sampler import Sampler
 from ..tokenizer.detokenizer import Detokenizer
 from .banning import Bans
@@ -27,6 +29,10 @@ class Sequence:
     kv_length  tokens whose keys and values are computed. While decoding, all but the last token
     copy       must be carried out before the first pass over this sequence
     version    changes whenever `pages` does
+    roll       how it goes on past a full context; None: as its overflow policy says
+    shift      rope position of every token, less its index in `tokens`: as many have left from behind the sinks
+    gone       those tokens; `left` is the most there ever were of them, `told` how many of those events told of
+    whole      the prompt before it was cut, of which `cut` left: more of it may be in the cache
     draft      guesses behind `tokens`, of which `room` have slots and `wish` were asked for; from the source of `pace`
     draft_length  tokens whose keys and values the draft model has computed
     settled    generated tokens that no banned string can take back
@@ -60,7 +66,15 @@ class Sequence:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reported: int = 0  # generated tokens that events have told of
-    dropped_tokens: int = 0
+    dropped_tokens: int = 0  # before the first of `gone`
+    roll: Roll | None = None
+    shift: int = 0
+    gone: list[int] = field(default_factory=list)
+    left: int = 0
+    told: int = 0
+    sinks: Sinks | None = None
+    whole: tuple[int, ...] | None = None
+    cut: Cut = NOTHING
     planned: int = 0  # tokens, prompt and reply
     # guesses
     draft: list[int] = field(default_factory=list)
@@ -109,12 +123,30 @@ class Sequence:
     @property
     def parent(self) -> bytes:
         """The key of everything before the first page that is not full."""
-        return self.keys[-1] if self.keys else self.root
+        key = self.keys[-1] if self.keys else self.root
+        return self.roll.mark(key) if self.roll is not None and self.shift else key
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens that may be in the cache before some have to leave."""
+        return len(self.tokens) if self.roll is None else self.roll.capacity
 
     def move(self, state: RequestState) -> None:
         """Enter `state`. Raises IllegalTransition where the table does not allow it."""
         check_transition(self.id, self.state, state)
         self.state = state
+
+    def set_gone(self, count: int) -> None:
+        """Of all tokens, the first `count` behind the sinks have left; 0 brings all back."""
+        assert self.roll is not None
+        kept, more = self.roll.kept, count - len(self.gone)
+        if more >= 0:
+            self.gone += self.tokens[kept : kept + more]
+            del self.tokens[kept : kept + more]
+        else:
+            self.tokens[kept:kept] = self.gone[count:]
+            del self.gone[count:]
+        self.shift, self.left, self.index = count, max(self.left, count), None
 
     def tell(self, pieces: list[str]) -> str:
         """The text that became certain with these pieces, one of each of the next settled tokens. After a stop string
@@ -162,7 +194,7 @@ class Sequence:
             seconds_prefill=0.0 if self.started is None else first - self.started,
             seconds_decode=now - first,
             logprobs=tuple(self.logprobs) if self.request.sampling.logprobs else None,
-            dropped_tokens=self.dropped_tokens,
+            dropped_tokens=self.dropped_tokens + self.left,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
             prompt_logprobs=(None, *self.prompt_scores) if self.request.prompt_logprobs else None,

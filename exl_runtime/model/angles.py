@@ -1,11 +1,11 @@
 """The angles of a pass: cosines and sines for every rope of a model, computed once per position where that pays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..config.spec import RopeSpec
+from ..config.spec import ModelSpec, RopeSpec
 from ..ops.native import torch_alone
 from ..ops.rope import cos_sin, frequencies
 from .batch import ForwardBatch, Plan
@@ -25,6 +25,8 @@ class Angles:
         self._lengths: tuple[int, ...] | None = None  # for which the tables are
         self._reach = 0  # positions that they hold
         self._tables: list[Tensor] = []
+        self._far: tuple[tuple[int, ...], int] | None = None  # for which the far tables are: lengths, first position
+        self._far_tables: list[Tensor] = []
         self._fixed = not any(rope.depends_on_length for rope in self.ropes)
         self._zeros = (0,) * len(self.ropes)
 
@@ -71,6 +73,12 @@ class Angles:
             if lengths != self._lengths or last >= self._reach:
                 self._fill(lengths, last)
             return self._tables, plan.positions
+        first = min(plan.positions, default=0)
+        base = first - first % TABLE_STEP
+        if lengths is not None and last < base + 2 * TABLE_STEP:  # a window that rolls, far from the beginning
+            if (lengths, base) != self._far:
+                self._far, self._far_tables = (lengths, base), self._tables_of(lengths, base, base + 2 * TABLE_STEP)
+            return self._far_tables, [position - base for position in plan.positions]
         batch = plan.on(self._device)
         parts = [part for number in range(len(self.ropes)) for part in self.of(number, batch)]
         return parts, range(len(plan.positions))
@@ -79,12 +87,16 @@ class Angles:
         """Tables that reach beyond `last`, and twice as far as before while a sequence grows."""
         known = self._reach if lengths == self._lengths else 0
         reach = min(max(2 * known, -(-(last + 1) // TABLE_STEP) * TABLE_STEP), TABLE_MOST)
-        positions = torch.arange(reach, device=self._device)
-        self._tables = []
+        self._tables = self._tables_of(lengths, 0, reach)
+        self._lengths, self._reach = lengths, reach
+
+    def _tables_of(self, lengths: tuple[int, ...], start: int, stop: int) -> list[Tensor]:
+        positions = torch.arange(start, stop, device=self._device)
+        tables: list[Tensor] = []
         with torch_alone():
             for number, (rope, length) in enumerate(zip(self.ropes, lengths, strict=True)):
-                self._tables += cos_sin(self._inv_freq(number, length), positions, rope.attention_factor)
-        self._lengths, self._reach = lengths, reach
+                tables += cos_sin(self._inv_freq(number, length), positions, rope.attention_factor)
+        return tables
 
     def _inv_freq(self, number: int, length: int) -> Tensor:
         key = (number, length)
@@ -108,3 +120,15 @@ class Angles:
                 long_factor=rope.long_factor,
             ).to(self._device)
         return self._frequencies[key]
+
+
+def key_frequencies(spec: ModelSpec) -> Callable[[int, int], Tensor | None]:
+    """(layer, planned length) -> radians per position by which that layer turns its keys; None where it does not."""
+    ropes = {layer.index: layer.rope for layer in spec.layers}
+    angles = Angles(tuple(dict.fromkeys(ropes.values())), torch.device("cpu"))
+
+    def of(layer: int, planned: int) -> Tensor | None:
+        rope = ropes.get(layer)
+        return None if rope is None else angles._inv_freq(angles.ropes.index(rope), rope.effective_length(planned))
+
+    return of

@@ -91,6 +91,7 @@ class Row:
     token   to compute, at cache index `length`
     pages   of the sequence, those of `length` and perhaps of later tokens included
     slot    of the `Chooser`
+    shift   rope position of the token, less `length`
     """
 
     owner: Hashable
@@ -99,6 +100,7 @@ class Row:
     pages: Sequence[int]
     rope_length: int
     slot: int
+    shift: int = 0
 
 
 @dataclass(slots=True)
@@ -257,7 +259,7 @@ class DecodeGraphs:
     def _fill(self, recorded: _Recorded, rows: Sequence[Row]) -> None:
         size, upload, batch = self._kv.page_size, self._recorder.upload, recorded.batch
         upload([row.token for row in rows], batch.tokens)
-        upload([row.length for row in rows], batch.positions)
+        upload([row.length + row.shift for row in rows], batch.positions)
         upload([row.pages[row.length // size] * size + row.length % size for row in rows], batch.slots)
         upload([row.length + 1 for row in rows], batch.kv_lengths)
         upload([row.slot for row in rows], recorded.slots)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedModel
 
+FAR = 1 << 20  # positions
+
 
 def frequencies(
     *,
@@ -59,8 +61,13 @@ def cos_sin(inv_freq: Tensor, positions: Tensor, attention_factor: float) -> tup
     """Cosine and sine of every angle, times attention_factor.
 
     inv_freq float32 (rotary_dim / 2,), positions int64 (T,) -> two float32 (T, rotary_dim / 2).
+    Angles of positions from FAR on, where no trained model has its own values, are rounded after whole turns are gone:
+    a window that rolls on for millions of tokens keeps telling neighbours apart.
     """
     angles = positions[:, None].float() * inv_freq
+    if positions.device.type != "cpu" or (positions >= FAR).any():  # a device is not asked, that would hold it up
+        exact = (positions[:, None].double() * inv_freq.double()).remainder(2 * math.pi).float()
+        angles = torch.where((positions < FAR)[:, None], angles, exact)
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from ..cache.window import prompt_limit, turns_to_drop
@@ -25,9 +25,10 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """The ids of a prompt, and how many of the oldest turns did not fit."""
+    """The ids of a prompt, and how many of the oldest turns did not fit. `head`: first tokens, before any turn."""
 
     ids: tuple[int, ...]
+    head: int = 0
     dropped_turns: int = 0
     dropped_tokens: int = 0
 
@@ -62,7 +63,8 @@ class Preparer:
             messages = check_messages(prompt)
             if overflow == "drop":
                 return self._fitting(messages, max_tokens)
-            return self._checked(self.render(messages).ids)
+            prepared = self._checked(self.render(messages).ids)
+            return replace(prepared, head=self._head(messages, prepared.ids)) if overflow == "window" else prepared
         return self._checked(prompt)
 
     def render(
@@ -101,6 +103,14 @@ class Preparer:
         if not 0 <= number < self.vocab_size:
             raise UsageError(f"{token!r:.60} is not a token id of this model (0 to {self.vocab_size - 1})")
         return number
+
+    def _head(self, messages: list[dict[str, Any]], ids: tuple[int, ...]) -> int:
+        """Tokens before the first turn: what a conversation that begins like this and says something else shares."""
+        starts = turn_starts(messages)
+        if not starts or not starts[0]:
+            return 0
+        other = self.render([*messages[: starts[0]], {"role": "user", "content": "?"}]).ids
+        return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
 
     def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None) -> Prepared:
         starts = turn_starts(messages)

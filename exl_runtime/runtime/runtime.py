@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from ..cache.storage import KVStorage
+from ..cache.window import SINKS
 from ..errors import UsageError
 from ..generation.generator import Generator
 from ..generation.request import OVERFLOWS, Request, Result, Speculate
@@ -336,6 +337,7 @@ class Runtime:
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             deadline=deadline,
             overflow=overflow,
+            keep=max(SINKS, prepared.head),
             dropped_turns=prepared.dropped_turns,
             dropped_tokens=prepared.dropped_tokens,
             **{"speculate": self._speculate, **self._steered(steer)},
