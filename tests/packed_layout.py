@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 UNIT, SPAN_UNITS = 32, 4
-SHAPES = {"1": (16, 64), "2": (32, 32)}  # by version: the columns of a tile, the most units of a panel
+SHAPES = {"2": (32, 32)}  # by version: the columns of a tile, the most units of a panel
 EXL2, SYMMETRIC, ZEROS = range(3)
 TOGETHER = {EXL2: 8, SYMMETRIC: 2, ZEROS: 4}  # groups whose scales lie together
 SCALE_BYTES = {EXL2: 4, SYMMETRIC: 4, ZEROS: 12}  # for each column

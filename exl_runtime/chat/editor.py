@@ -96,7 +96,7 @@ class CommandCompleter(Completer):
             for kind in FORMATS:
                 if kind.startswith(rest.lower()):
                     yield Completion(kind, start_position=-len(rest))
-        elif name in ("save", "load", "file", "model", "export", "lora"):
+        elif name in ("save", "load", "file", "model", "export", "lora", "json", "grammar"):
             rest = rest.partition(" ")[2] if name == "export" else rest
             if name == "model":
                 for known in self._models():

@@ -111,7 +111,7 @@ class Runtime:
         n           so many replies to each prompt, which is computed once: in place of each Result a list of n Results,
                     the i-th as if asked for alone with seed + i
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
-        banned_strings, prefix, heal, stop_loop, processors (functions of ids and logits), prompt_logprobs,
+        banned_strings, prefix, heal, stop_ids, stop_loop, processors (functions of ids and logits), prompt_logprobs,
         negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.

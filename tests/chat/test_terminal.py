@@ -108,7 +108,8 @@ def test_completion(tmp_path: Path) -> None:
     assert "temperature" in completions("/set te") and completions("/set temperature ") == []
     assert completions("/help sam") == ["sampler"]
     (tmp_path / "talk.json").touch()
-    assert completions(f"/load {tmp_path}/ta") == ["lk.json"]
+    for command in ("load", "json", "grammar"):
+        assert completions(f"/{command} {tmp_path}/ta") == ["lk.json"]
     for text in ("hello", "//re", "/re\n/s", ""):
         assert completions(text) == []
 
