@@ -18,9 +18,8 @@ from ext.toolchain import INSTALL_COMPILER, find_compiler, find_ninja, free_memo
 
 OPTIONAL = {  # distribution: what one gains by it
     "flash-attn": "faster prompts on NVIDIA GPUs, with a cache of fp16",
-    "llguidance": "answers bound to a grammar (this version does not use it yet)",
+    "llguidance": "answers bound to a grammar: JSON schema, regex, Lark, choices",
     "transformers": "the tests, which compare with it",
-    "matplotlib": "plots of evaluations (this version does not use it yet)",
 }
 LOW_MEMORY = 2 << 30
 LOW_DISK = 1 << 30
