@@ -90,7 +90,7 @@ def recipe_for(settings: Settings) -> Recipe:
     plan = plan_for(settings)
     return Recipe(
         key=plan.key,
-        library=LIBRARY,
+        output=LIBRARY,
         title="native kernels",
         files={NINJA: ninja_file(plan), BINDINGS: binding_unit(plan)},
         compiler=f"{plan.compiler.path} ({plan.compiler.version})",
@@ -132,11 +132,9 @@ def _build(settings: Settings, progress: Progress | None, again: bool, deadline:
             seconds = time.monotonic() - started
             unchanged = make(settings).key == recipe.key
             for leftover in partial.iterdir():
-                if leftover.name != recipe.library:
+                if leftover.name != recipe.output:
                     leftover.unlink()
-            caches.write_manifest(
-                partial, recipe.library, seconds=seconds, compiler=recipe.compiler, torch=recipe.torch
-            )
+            caches.write_manifest(partial, recipe.output, seconds=seconds, compiler=recipe.compiler, torch=recipe.torch)
             if unchanged:
                 caches.install(partial, final)
         except OSError as err:
@@ -150,7 +148,7 @@ def _build(settings: Settings, progress: Progress | None, again: bool, deadline:
         report(f"{recipe.title} are ready ({seconds:.0f} s)" if unchanged else "a source changed meanwhile: once more")
     if not unchanged:  # the result is not what its key says
         return _build(settings, progress, again, deadline, make)
-    return Built(file=final / recipe.library, key=recipe.key, fresh=True, seconds=seconds)
+    return Built(file=final / recipe.output, key=recipe.key, fresh=True, seconds=seconds)
 
 
 def load(settings: Settings | None = None, progress: Progress | None = None, *, make: MakeRecipe = recipe_for) -> Built:

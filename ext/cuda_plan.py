@@ -86,7 +86,7 @@ def cuda_recipe(
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]
     return Recipe(
         key=source_key(root, torch, (*facts, *flags)),
-        library=LIBRARY,
+        output=LIBRARY,
         title="CUDA kernels",
         files={NINJA: "\n".join(lines), BINDINGS: include_all(bindings)},
         compiler=f"{nvcc.path} (CUDA {nvcc.release}) and {compiler.path} ({compiler.version})",
@@ -128,7 +128,7 @@ def emulated_recipe(root: Path, compiler: Compiler, torch: TorchFiles) -> Recipe
     lines += [f"build {EMULATED_LIBRARY}: link {' '.join(objects)}", f"default {EMULATED_LIBRARY}", ""]
     return Recipe(
         key=source_key(root, torch, facts),
-        library=EMULATED_LIBRARY,
+        output=EMULATED_LIBRARY,
         title="emulated CUDA kernels",
         files={NINJA: "\n".join(lines), BINDINGS: include_all(bindings)},
         compiler=f"{compiler.path} ({compiler.version})",

@@ -11,7 +11,7 @@ class Recipe:
     """One build: equal keys mean equal results."""
 
     key: str
-    library: str  # the file that ninja leaves in the build folder
+    output: str  # the file that ninja leaves in the build folder
     title: str  # "native kernels", in messages
     files: Mapping[str, str]  # name -> text, written into the build folder first; NINJA is one of them
     compiler: str  # path and version, for the log and for messages

@@ -18,12 +18,49 @@ BACKENDS = ("cpu", "cuda", "reference")
 PACKED = "packed"  # of the cache folder, for packed models: ext/cache.py leaves it alone
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
-_failure: BackendUnavailable | None = None
-_loaded = False
 _warned = False
-_cuda_failure: BackendUnavailable | None = None
-_cuda_loaded = False
 _emulating = False
+
+Progress = Callable[[str], None]
+
+
+class _Library:
+    """Built if need be and loaded once per process. A failure is remembered: asking again costs nothing."""
+
+    def __init__(self, load: Callable[[Progress | None], object]) -> None:
+        self._load = load
+        self.failure: BackendUnavailable | None = None
+        self.loaded = False
+
+    def ensure(self, progress: Progress | None = None) -> None:
+        if self.loaded:
+            return
+        with _lock:
+            if self.loaded:
+                return
+            if self.failure is not None:
+                raise type(self.failure)(self.failure.problem, hint=self.failure.hint) from self.failure
+            try:
+                self._load(progress)
+            except BackendUnavailable as err:
+                self.failure = err
+                raise
+            self.loaded = True
+
+
+def _load_cpu(progress: Progress | None) -> None:
+    from ext import build
+
+    build.load(progress=progress)
+
+
+def _load_cuda(progress: Progress | None) -> None:
+    from ext import cuda_build
+
+    cuda_build.load_cuda(progress=progress)
+
+
+_cpu, _cuda = _Library(_load_cpu), _Library(_load_cuda)
 
 
 class _Operators:
@@ -53,31 +90,16 @@ def ops() -> _Operators:
 
 def loaded() -> bool:
     """Whether the library is in this process already. Never builds."""
-    return _loaded
+    return _cpu.loaded
 
 
-def ensure_loaded(progress: Callable[[str], None] | None = None) -> None:
+def ensure_loaded(progress: Progress | None = None) -> None:
     """Build the library if need be and load it. A failure is remembered: asking again costs nothing.
 
     `progress` is told how a build goes; None writes to standard error. Raises BackendUnavailable (no compiler,
     switched off) or its subclass BuildError.
     """
-    global _failure, _loaded
-    if _loaded:
-        return
-    with _lock:
-        if _loaded:
-            return
-        if _failure is not None:
-            raise type(_failure)(_failure.problem, hint=_failure.hint) from _failure
-        from ext import build
-
-        try:
-            build.load(progress=progress)
-        except BackendUnavailable as err:
-            _failure = err
-            raise
-        _loaded = True
+    _cpu.ensure(progress)
 
 
 def available() -> str | None:
@@ -139,7 +161,7 @@ def set_threads(count: int | None) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 256:
         raise UsageError(f"{count!r} threads", hint="give a number from 1 to 256; the physical cores are a good one")
     torch.set_num_threads(count)
-    if _loaded:
+    if _cpu.loaded:
         ops().set_threads(count)
 
 
@@ -189,27 +211,12 @@ def clean_cache() -> int:
 CUDA_CAPABILITY = (8, 0)  # the oldest cards that the kernels are written for: Ampere
 
 
-def ensure_cuda(progress: Callable[[str], None] | None = None) -> None:
+def ensure_cuda(progress: Progress | None = None) -> None:
     """Build the CUDA kernels for the cards of this machine if need be, and load them. A failure is remembered.
 
     `progress` as in `ensure_loaded`. Raises BackendUnavailable (no card, no CUDA compiler) or BuildError.
     """
-    global _cuda_failure, _cuda_loaded
-    if _cuda_loaded:
-        return
-    with _lock:
-        if _cuda_loaded:
-            return
-        if _cuda_failure is not None:
-            raise type(_cuda_failure)(_cuda_failure.problem, hint=_cuda_failure.hint) from _cuda_failure
-        from ext import cuda_build
-
-        try:
-            cuda_build.load_cuda(progress=progress)
-        except BackendUnavailable as err:
-            _cuda_failure = err
-            raise
-        _cuda_loaded = True
+    _cuda.ensure(progress)
 
 
 def card_present() -> bool:

@@ -152,7 +152,7 @@ def test_a_failed_build_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BackendUnavailable("no CUDA compiler", hint="install one")
 
     monkeypatch.setattr(cuda_build, "load_cuda", fail)
-    monkeypatch.setattr(native, "_cuda_failure", None)
+    monkeypatch.setattr(native._cuda, "failure", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for _ in range(2):
         assert native.cuda_refusal(torch.device("cuda")) == "no CUDA compiler\n  hint: install one"
