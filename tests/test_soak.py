@@ -1,15 +1,12 @@
 """Hundreds of requests of every kind, ended in every way, leave nothing behind: no page, no request, no memory."""
 
-import gc
-import os
 import random
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import pytest
 from adapters import shapes_of, write_adapter
+from resident import resident
 
 import exl_runtime as exl
 from exl_runtime.generation.generator import Generator
@@ -21,15 +18,6 @@ REQUESTS = 500
 PAGE, PAGES = 16, 45  # tokens, and few enough pages that requests have to yield
 CONTEXT = 240
 WORDS = ("fox", "hen", "river", "north", "map", "old", "cold", "story", "friend", "apple")
-
-
-def resident() -> int:
-    """Bytes of physical memory this process holds."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        pytest.skip("this system does not tell how much memory a process holds")
-    gc.collect()
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Maker:

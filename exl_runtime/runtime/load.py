@@ -26,7 +26,9 @@ from ..model.placement import (
     resolve_device,
     resolve_dtype,
 )
+from ..model.split_model import SplitCache, SplitTransformer
 from ..model.summary import stored_weights
+from ..model.transformer import Transformer
 from ..ops import native
 from ..ops.attention.choose import describe, refusal
 from ..tokenizer.files import read_text
@@ -118,6 +120,33 @@ def load(
     wanted = check_context(context, spec)
     kernels = native.resolve_backend(None if backend == "auto" else backend, where)
     native.set_threads(threads)
+
+    def opened(
+        model: Transformer | SplitTransformer,
+        kv: KVStorage | SplitCache,
+        *,
+        context: int,
+        device: str,
+        attention: str = "",
+    ) -> RuntimeInfo:
+        return RuntimeInfo(
+            name="demo" if folder == DEMO_FOLDER else folder.name,
+            path=str(folder),
+            architecture=spec.architecture,
+            format=stored.format,
+            bits_per_weight=stored.bits_per_weight,
+            context=context,
+            cache=kv_type.name,
+            backend=model.backend,
+            device=device,
+            weight_bytes=model.nbytes,
+            cache_bytes=kv.nbytes,
+            load_seconds=time.perf_counter() - started,
+            is_demo=folder == DEMO_FOLDER,
+            accuracy=accuracy,
+            attention=attention,
+        )
+
     if gpu_split is not None:
         if draft_folder is not None:
             raise UsageError("a draft model and gpu_split do not go together yet", hint="leave one of them out")
@@ -134,22 +163,7 @@ def load(
                 report=report,
             )
             stored = stored_weights(checkpoint, spec)
-        info = RuntimeInfo(
-            name="demo" if folder == DEMO_FOLDER else folder.name,
-            path=str(folder),
-            architecture=spec.architecture,
-            format=stored.format,
-            bits_per_weight=stored.bits_per_weight,
-            context=spread.context,
-            cache=kv_type.name,
-            backend=spread.model.backend,
-            device=spread.devices,
-            weight_bytes=spread.model.nbytes,
-            cache_bytes=spread.kv.nbytes,
-            load_seconds=time.perf_counter() - started,
-            is_demo=folder == DEMO_FOLDER,
-            accuracy=accuracy,
-        )
+        info = opened(spread.model, spread.kv, context=spread.context, device=spread.devices)
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
         beside = host_limit(host_cache, spread.kv.device)
         return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens, host_cache=beside)
@@ -177,23 +191,7 @@ def load(
             report(line)
         if (why := refusal(spec.head_dim, pages)) is not None:
             log.warning("attention runs in plain torch, which is slow: %s", why)
-    info = RuntimeInfo(
-        name="demo" if folder == DEMO_FOLDER else folder.name,
-        path=str(folder),
-        architecture=spec.architecture,
-        format=stored.format,
-        bits_per_weight=stored.bits_per_weight,
-        context=length,
-        cache=kv_type.name,
-        backend=kernels,
-        device=str(where),
-        weight_bytes=transformer.nbytes,
-        cache_bytes=kv.nbytes,
-        load_seconds=time.perf_counter() - started,
-        is_demo=folder == DEMO_FOLDER,
-        accuracy=accuracy,
-        attention=attention_of(kernels, spec, kv),
-    )
+    info = opened(transformer, kv, context=length, device=str(where), attention=attention_of(kernels, spec, kv))
     drafting = None
     if draft_folder is not None:
         drafting = open_draft(

@@ -1,13 +1,11 @@
 """Many exchanges, in any order and from several threads, leave nothing behind: no pages, no requests, no memory."""
 
 import gc
-import os
 import random
 import threading
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
+from resident import resident
 
 import exl_runtime as exl
 
@@ -18,15 +16,6 @@ SAID = (
     "Tell me a story about a fox, a hen and a long, cold river in the north of the country.",
 )
 ENDLESS = exl.SamplingParams(ignore_eos=True)
-
-
-def resident() -> int:
-    """Bytes of physical memory this process holds."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        pytest.skip("this system does not tell how much memory a process holds")
-    gc.collect()
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def exchange(rt: exl.Runtime, chat: exl.ChatSession, rng: random.Random) -> None:
