@@ -101,9 +101,10 @@ class Runner:
 
         None: it cannot, or something is wrong with a row. Then `run` has to repeat the pass, and will say what.
         """
-        plan = self._plan_of(chunks)
-        if len(plan.tokens) > WHOLE or any(plan.mixes):  # adapters are no part of the native pass
+        # Adapters are no part of the native pass.
+        if sum(c.end - c.start for c in chunks) > WHOLE or any(c.sequence.request.lora for c in chunks):
             return None
+        plan = self._plan_of(chunks)
         model: Any = self.model
         draws = [number for how in hows for number in how[:3]]
         banned = [number for how in hows for number in (len(how[3]), *how[3])]
