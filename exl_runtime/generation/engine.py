@@ -19,7 +19,7 @@ from ..sampling.draw import Draw, with_logprobs
 from ..sampling.sampler import Sampler
 from .decoding import Decoder
 from .request import RequestState, StopReason, TokenLogprob
-from .runner import How, Runner
+from .runner import How, Outcome, Runner
 from .scheduler import Chunk, Scheduler, Step
 from .sequence import Sequence
 from .speculation import Speculator
@@ -122,14 +122,7 @@ class Engine:
 
     def _execute(self, chunks: Many[Chunk], events: list[Event]) -> None:
         ready = [chunk for chunk in chunks if self._copied(chunk.sequence, events)]
-        drawn = self._decoder.run(ready) if self._decoder is not None and ready else None
-        if drawn is not None:
-            self._take(ready, drawn, events)
-            return
-        hows = self._hows(ready)
-        outcomes = None if hows is None else self._runner.draw(ready, hows)
-        if outcomes is None:
-            outcomes = self._runner.run(ready) if ready else []
+        outcomes = self._outcomes(ready) if ready else []
         self._speculator.follow(ready)
         for chunk, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -140,9 +133,17 @@ class Engine:
             except Exception as err:  # its owner gets it; the neighbours go on
                 self._fail(chunk.sequence, err, events)
 
+    def _outcomes(self, chunks: Many[Chunk]) -> list[Outcome]:
+        """The logits of a pass, or the tokens where the device or the native pass draws them itself."""
+        if self._decoder is not None and (drawn := self._decoder.run(chunks)) is not None:
+            return [[token] for token in drawn]
+        hows = self._hows(chunks)
+        outcomes = None if hows is None else self._runner.draw(chunks, hows)
+        return self._runner.run(chunks) if outcomes is None else outcomes
+
     def _hows(self, chunks: Many[Chunk]) -> list[How] | None:
         """How all tokens of a pass may be drawn without looking at logits; None if one of them cannot."""
-        if not chunks or not self._runner.draws:
+        if not self._runner.draws:
             return None
         hows: list[How] = []
         for chunk in chunks:
@@ -157,21 +158,6 @@ class Engine:
                     return None
                 hows.append(how)
         return hows
-
-    def _take(self, chunks: Many[Chunk], tokens: Many[int], events: list[Event]) -> None:
-        """The device drew the tokens itself."""
-        self._speculator.follow(chunks)
-        for chunk, token in zip(chunks, tokens, strict=True):
-            sequence = chunk.sequence
-            try:
-                self.scheduler.commit(chunk)
-                self._advance(sequence, Draw(token), events)
-                if sequence.room:
-                    self._speculator.learn(sequence, 0, 0, chunk.stop)
-                    if sequence.state is RequestState.DECODE:
-                        self.scheduler.trim(sequence)
-            except Exception as err:  # its owner gets it; the neighbours go on
-                self._fail(chunk.sequence, err, events)
 
     def _settle(self, chunk: Chunk, rows: Tensor | list[int] | None, events: list[Event]) -> None:
         """A chunk is computed: draw behind it, and behind each of its guesses while the draw before is that guess."""
