@@ -108,6 +108,23 @@ def plan(spec: ModelSpec, *, context: int, weight_bytes: int, cache: CacheType) 
     )
 
 
+def require_room(
+    spec: ModelSpec, *, context: int | None, weight_bytes: int, cache: CacheType, device: torch.device
+) -> None:
+    """Raise OutOfMemory where the weights and the least cache cannot fit: known from headers, before anything is read.
+
+    context: tokens; None: as many as fit, one page at the least.
+    """
+    least = plan(spec, context=context or PAGE_SIZE, weight_bytes=weight_bytes, cache=cache)
+    free, needed = free_memory(device), least.weight_bytes + least.cache_bytes
+    if needed > free:
+        raise OutOfMemory(
+            f"{free / 2**30:.2f} GiB are free on {device}, too little for weights of {weight_bytes / 2**30:.2f} GiB "
+            f"and {least.cache_bytes / 2**30:.2f} GiB of cache for {least.context} tokens",
+            hint="close other programs, or take a model of fewer bits, a shorter --context or a smaller --cache",
+        )
+
+
 def cache_pages(
     spec: ModelSpec, context: int, *, cache: CacheType, device: torch.device, free: int | None = None
 ) -> int:

@@ -22,6 +22,7 @@ from ..model.placement import (
     auto_context,
     cache_pages,
     geometry_of,
+    require_room,
     resolve_cache,
     resolve_device,
     resolve_dtype,
@@ -169,6 +170,8 @@ def load(
         return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens, host_cache=beside)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
+        stored = stored_weights(checkpoint, spec)
+        require_room(spec, context=wanted, weight_bytes=stored.nbytes, cache=kv_type, device=where)
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
         transformer = load_transformer(
             checkpoint,
@@ -182,7 +185,6 @@ def load(
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
         packed.keep()
-        stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
     kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)
     if kernels == "cuda":
