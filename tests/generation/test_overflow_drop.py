@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from fakes import EOS, LAYERS, FakeSampler, FakeSpec, FakeTransformer, Rig, _from_state, request
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from exl_runtime.generation.request import Left, Result
 
@@ -117,3 +120,159 @@ def test_a_template_that_begins_otherwise_costs_its_own_tokens_only() -> None:
     talk.check(result, [9, 7], computed=2 + 3, seed=seed)
     seed = fit_seed(10, talk, [8, 7], 6)
     talk.check(talk.ask([8, 7], seed=seed), [8, 7], computed=3, seed=seed)
+
+
+def grown(rig: Rig, head: int = 5, turns: int = 5) -> Talk:
+    """A conversation of some turns, nothing of which has left."""
+    talk = Talk(rig, [20 + k % 5 for k in range(head)])
+    talk.seen = [(token, place) for place, token in enumerate(talk.head, 1)]
+    for number in range(turns):
+        says = [number % 19, 7]
+        seed = fit_seed(number, talk, says, 6)
+        talk.check(talk.ask(says, seed=seed), says, computed=head + 2 if not number else 3, seed=seed)
+    return talk
+
+
+def test_again_and_in_other_words() -> None:
+    talk = grown(Rig(pages=40))
+    talk.forget(2)
+    before, turns = [*talk.seen], [*talk.turns]
+    for leave, says, computed in ((2, [9, 7], 3), (0, [9, 7], 1), (0, [8, 6, 5], 3), (0, [9], 1)):
+        talk.seen, talk.turns = [*before], [*turns]
+        seed = fit_seed(30, talk, says, 6)
+        result = talk.ask(says, leave=leave, seed=seed)
+        talk.check(result, says, computed=computed, seed=seed)
+
+
+def test_several_replies_share_what_was_moved() -> None:
+    talk = grown(Rig(pages=40))
+    talk.forget(2)
+    talk.turns.append([9, 7])
+    prompt, whole = talk.prompt(2), talk.prompt(0)
+    left = Left(past=talk.past(2), whole=tuple(whole))
+    talk.rig.model.passes.clear()
+    asked = [request(prompt, 6, seed, overflow="drop", left=left, speculate="off") for seed in range(4)]
+    results = talk.rig.generator.run(asked)
+    talk.rig.check()
+    last = talk.seen[-1][1]
+    seen = [*talk.seen, (9, last + 1), (7, last + 2)]
+    for seed, result in enumerate(results):
+        assert result.ids == say([*seen], 6, seed)
+        assert result.prompt_tokens - result.reused_tokens <= 3
+
+
+@pytest.mark.parametrize("pages", [10, 11, 12, 13, 20])
+def test_a_cache_that_is_full_is_overwritten_in_place(pages: int) -> None:
+    talk = grown(Rig(pages=pages), turns=4)  # 37 tokens
+    talk.forget(1)
+    seed = fit_seed(9, talk, [9, 7], 6)
+    talk.check(talk.ask([9, 7], leave=1, seed=seed), [9, 7], computed=3, seed=seed)
+
+
+def test_only_who_lost_the_same_turns_finds_what_followed() -> None:
+    talk = grown(Rig(pages=40))
+    talk.forget(2)
+    seed = fit_seed(9, talk, [9, 7], 6)
+    talk.check(talk.ask([9, 7], leave=2, seed=seed), [9, 7], computed=3, seed=seed)
+    prompt = [*talk.prompt(2), 3]
+    plain = [(token, place) for place, token in enumerate(prompt, 1)]
+    for left in (None, Left(past=b"others"), Left(past=b"others", whole=tuple(prompt), before=talk.past(2))):
+        one = request(prompt, 6, 1, overflow="drop", left=left, speculate="off")
+        (result,) = talk.rig.generator.run([one])
+        assert result.ids == say([*plain], 6, 1)
+    talk.rig.generator.forget()
+    for policy in ("error", "window"):
+        one = request(prompt, 6, 1, overflow=policy, left=Left(past=talk.past(2)), speculate="off")
+        (result,) = talk.rig.generator.run([one])
+        assert result.ids == say([*plain], 6, 1)
+
+
+def test_a_draft_model_comes_along() -> None:
+    rig = Rig(pages=40, draft=FakeTransformer())
+    talk = Talk(rig, [20, 21, 22, 23, 24], between=[26])
+    talk.seen = [(token, place) for place, token in enumerate(talk.head, 1)]
+    for number in range(12):
+        says = [number % 19, 7]
+        if number == 5:
+            talk.forget(2)
+            talk.seen.insert(5, (26, talk.seen[5][1] - 1))
+        seed = fit_seed(number, talk, says, 9)
+        if number == 6:
+            before = rig.generator.stats.accepted_tokens
+        result = talk.ask(says, count=9, leave=2 if number == 5 else 0, seed=seed, speculate="draft")
+        last = talk.seen[-1][1]
+        talk.seen += [(token, last + i) for i, token in enumerate(says, 1)]
+        assert result.ids == say(talk.seen, 9, seed)
+        # It sees what the model sees, so that every guess is right.
+        assert rig.generator.stats.accepted_tokens == rig.generator.stats.drafted_tokens
+    assert rig.generator.stats.accepted_tokens > before
+
+
+def test_constraints_that_look_at_the_prompt_compute_it() -> None:
+    talk = grown(Rig(pages=40))
+    talk.turns.append([9, 7])
+    left = Left(past=talk.past(2), whole=tuple(talk.prompt(0)))
+    prompt = talk.prompt(2)
+    one = request(prompt, 4, 1, overflow="drop", left=left, speculate="off", prompt_logprobs=1)
+    (result,) = talk.rig.generator.run([one])
+    assert result.reused_tokens == 0 and len(result.prompt_logprobs or ()) == len(prompt)
+
+
+def test_ropes_that_depend_on_the_length_are_not_mixed() -> None:
+    talk = grown(Rig(pages=40, spec=FakeSpec(rope_switch=60)))
+    talk.turns.append([9, 7])
+    prompt, whole = talk.prompt(2), talk.prompt(0)
+    left = Left(past=talk.past(2), whole=tuple(whole))
+    one = request(prompt, 60 - len(prompt) + 1, 1, overflow="drop", left=left, speculate="off")
+    (result,) = talk.rig.generator.run([one])
+    assert result.reused_tokens == 0
+    plain = [(token, place + 1000 * 61) for place, token in enumerate(prompt, 1)]
+    assert result.ids[:6] == say([*plain], 6, 1)
+
+
+class Talks(RuleBasedStateMachine):
+    """Conversations with one beginning in a small cache. Every reply is one to what may be seen: the first tokens
+    where they were or as far on as the rest, and the rest behind gaps that once were; the right one is noted."""
+
+    @initialize(pages=st.sampled_from([14, 20, 30]), host=st.sampled_from([0, 400]), draft=st.booleans())
+    def start(self, pages: int, host: int, draft: bool) -> None:
+        self.rig = Rig(pages=pages, host_bytes=host, draft=FakeTransformer() if draft else None)
+        self.talks = [Talk(self.rig, [20, 21, 22, 23, 24], between=[26] * k) for k in range(3)]
+        self.gaps: list[list[int]] = [[] for _ in self.talks]
+        self.seed = 0
+
+    @rule(which=st.integers(0, 2), says=st.lists(st.integers(0, 2), min_size=1, max_size=5), leave=st.integers(0, 2))
+    def ask(self, which: int, says: list[int], leave: int) -> None:
+        talk, gaps = self.talks[which], self.gaps[which]
+        while len(talk.prompt(talk.left)) + len(says) + 6 > 50 and talk.left < len(talk.turns):
+            talk.left, leave = talk.left + 1, 0  # as somebody who says nothing of it
+        leave = min(leave, len(talk.turns) - talk.left)
+        before = len(talk.prompt(talk.left))
+        self.seed += 1
+        kept = talk.left
+        result = talk.ask(says, leave=leave, seed=self.seed, count=6)
+        prompt = talk.prompt(talk.left)[: -len(result.ids)]
+        if leave:
+            gaps.append(before + len(says) - len(prompt))
+        elif talk.left != kept:
+            gaps.clear()
+        shifts = {0, *(sum(gaps[place:]) for place in range(len(gaps)))}
+        for shift in shifts:
+            for head in range(len(prompt) + 1):  # what stays may begin like what left, and then is taken from there
+                for turned in {0, shift}:
+                    places = [place + (turned if place <= head else shift) for place in range(1, len(prompt) + 1)]
+                    if result.ids == say([*zip(prompt, places, strict=True)], 6, self.seed):
+                        return
+        raise AssertionError("a reply to what cannot be seen")
+
+    @precondition(lambda self: any(talk.turns for talk in self.talks))
+    @rule(which=st.integers(0, 2))
+    def back(self, which: int) -> None:
+        """The last turn is taken back."""
+        talk = self.talks[which]
+        if len(talk.turns) > talk.left:
+            talk.turns.pop()
+
+
+Talks.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+test_random_conversations = Talks.TestCase
