@@ -27,6 +27,7 @@ from ..model.graph import Recordable, Recorder
 from ..model.lora import Mix
 from .decoding import Decoder
 from .drafting import Drafter
+from .dropping import Dropper
 from .engine import Engine
 from .intake import Intake, MakeSampler
 from .request import Request, Result
@@ -94,8 +95,15 @@ class Generator:
         stores = [(kv, key_frequencies(model.spec))]
         if draft is not None:
             stores.append((draft[1], key_frequencies(draft[0].spec)))
-        roller = Roller(self.table, SinkKeeper(stores))
-        self._scheduler = Scheduler(self.table, prefill_tokens=prefill_tokens, max_running=max_running, roller=roller)
+        sinks = SinkKeeper(stores)
+        self._dropper = Dropper(self.table, sinks)
+        self._scheduler = Scheduler(
+            self.table,
+            prefill_tokens=prefill_tokens,
+            max_running=max_running,
+            roller=Roller(self.table, sinks),
+            dropper=self._dropper,
+        )
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
         self._speculator = Speculator(drafter, context=self.context)
@@ -224,6 +232,10 @@ class Generator:
                 each(list(tokens), pages, rope_length, visit, first=first, chunk=chunk, mix=mix)
             finally:
                 self.table.release(pages)
+
+    def knows_past(self, past: bytes) -> bool:
+        """True when a conversation went on after exactly these turns had left (`Left.past`). Thread-safe."""
+        return self._dropper.knows(past)
 
     def remember(self, tokens: Many[int]) -> None:
         """Let guesses come from this text too, as they do from replies of the past."""

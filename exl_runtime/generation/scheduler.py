@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ..cache.pages import PageTable
 from ..errors import CacheFull
+from .dropping import Dropper
 from .request import RequestState
 from .rolling import Found, Roller
 from .sequence import Sequence
@@ -80,10 +81,13 @@ class Scheduler:
         prefill_tokens: int = PREFILL_TOKENS,
         max_running: int = MAX_RUNNING,
         roller: Roller | None = None,
+        dropper: Dropper | None = None,
     ) -> None:
-        """`roller` moves the windows of sequences that have a `roll`; without one there must be none."""
+        """`roller` moves the windows of sequences that have a `roll`; without one there must be none. `dropper` finds
+        what is left of sequences that lost turns; without one they are computed again."""
         self.table = table
         self.roller = roller
+        self.dropper = dropper
         self.prefill_tokens = prefill_tokens
         self.max_running = max_running
         self.waiting: list[Sequence] = []
@@ -154,17 +158,21 @@ class Scheduler:
     def commit(self, chunk: Chunk) -> None:
         """The keys and values of a chunk are computed: seal what is full, make the rest of a prompt findable too."""
         sequence = chunk.sequence
-        sequence.kv_length = chunk.stop
+        sequence.reach(chunk.stop)
+        self._seal(sequence)
+        if sequence.state is RequestState.PREFILL:
+            self._record_tail(sequence)
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Make pages that are full findable."""
         size = self.table.page_size
-        while (index := len(sequence.keys)) < chunk.stop // size:
+        while (index := len(sequence.keys)) < sequence.kv_length // size:
             tokens = sequence.tokens[index * size : (index + 1) * size]
             page, key = self.table.seal(sequence.pages[index], sequence.parent, tokens)
             if page != sequence.pages[index]:
                 sequence.pages[index] = page
                 sequence.version += 1
             sequence.keys.append(key)
-        if sequence.state is RequestState.PREFILL:
-            self._record_tail(sequence)
 
     def trim(self, sequence: Sequence) -> None:
         """Give back the pages that were taken for guesses and hold nothing: as if there had been none."""
@@ -246,20 +254,25 @@ class Scheduler:
         # At least the last token is computed again: its logits are wanted.
         limit = min(len(sequence.tokens) - 1, sequence.reusable)
         needed = -(-len(sequence.tokens) // table.page_size)
-        roller, roll, found = self.roller, sequence.roll, None
+        roller, roll, found, start = self.roller, sequence.roll, None, None
         if roller is not None and roll is not None:
             found = roller.find(sequence)
             match = roller.match(sequence, found, len(found.tokens) - 1)
             needed = min(-(-len(found.tokens) // table.page_size), roll.pages)
+        elif self.dropper is not None and sequence.left_turns is not None:
+            start = self.dropper.find(sequence, limit)
+            match = start.match
         else:
             match = table.match(sequence.tokens, root=sequence.root, limit=limit)
         # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
         headroom = min(len(self.running), table.pages // 8)
-        in_place = match.source is not None and table.references(match.source) == 1
+        in_place = int(match.source is not None and table.references(match.source) == 1)
+        held = [] if start is None else start.held
+        in_place += sum(table.references(page) == 1 for page in held)
         # A second branch has its pages from the start: it must never have to yield in the middle of a step.
         beside = 0 if sequence.shadow is None else -(-sequence.shadow.most // table.page_size)
         if needed + beside - len(match.pages) > table.available + in_place - headroom:
-            table.release(match.pages if match.source is None else [*match.pages, match.source])
+            table.release([*match.pages, *held, *([] if match.source is None else [match.source])])
             self._refused = (sequence, table.version, len(self.running))
             return False
         self._refused = None
@@ -269,6 +282,7 @@ class Scheduler:
         sequence.matched = len(match.pages)
         sequence.keys = match.keys
         sequence.follows = None
+        table.release(held)  # they may be taken now: what they hold is read before anything is written
         if sequence.shadow is not None:
             sequence.shadow.pages = [table.take() for _ in range(beside)]
         fresh = [table.take() for _ in range(needed - len(match.pages) - (match.source is not None))]
@@ -282,8 +296,13 @@ class Scheduler:
         sequence.kv_length = len(sequence.keys) * table.page_size + match.shared
         sequence.draft_length = sequence.kv_length
         sequence.version += 1
+        reused = sequence.kv_length
+        if self.dropper is not None and start is not None:
+            reused += self.dropper.adopt(sequence, start)
+            self._seal(sequence)
+            self._record_tail(sequence)
         if sequence.reused_tokens is None:
-            sequence.reused_tokens = sequence.kv_length
+            sequence.reused_tokens = reused
         return True
 
     def _resume(self, roller: Roller, sequence: Sequence, found: Found) -> None:
@@ -331,7 +350,9 @@ class Scheduler:
         sequence.kv_length = 0
         sequence.draft, sequence.wish, sequence.room = [], 0, 0
         sequence.sinks = None
-        if sequence.shift:
+        if sequence.roll is None:
+            sequence.root, sequence.shift, sequence.placed = sequence.base, 0, None
+        elif sequence.shift:
             sequence.set_gone(0)
         if sequence.shadow is not None:
             sequence.shadow.release(self.table)
