@@ -9,7 +9,6 @@ from ..config.spec import MoeSpec
 from .linear import Linear
 from .mlp import Mlp
 
-
 Route = Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
 
 
