@@ -119,6 +119,7 @@ class SplitCache:
         """Raises OutOfMemory when a part does not fit its device."""
         self.geometry = geometry
         self.pages = pages
+        self.counts = (pages,)
         self.page_size = geometry.page_size
         self.device = stages[0].device
         parts = [replace(geometry, layers=stage.stop - stage.first) for stage in stages]
@@ -134,10 +135,10 @@ class SplitCache:
         """See `KVStorage.layer`."""
         return self._layers[index]
 
-    def copy_page(self, source: int, target: int, tokens: int) -> None:
+    def copy_page(self, source: int, target: int, tokens: int, group: int = 0) -> None:
         """See `KVStorage.copy_page`."""
         for part in self._parts:
-            part.copy_page(source, target, tokens)
+            part.copy_page(source, target, tokens, group)
 
 
 class SplitTransformer:
