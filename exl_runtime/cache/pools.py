@@ -120,9 +120,7 @@ class Pools:
         for group, count, tiers in zip(geometry.groups, counts, below, strict=True):
             window, size = group.window, geometry.page_size
             if useful_window(window, context, size) != window:
-                raise UsageError(
-                    f"the key/value cache keeps {window} tokens of a context of {context}: that is no window"
-                )
+                raise UsageError(f"the key/value cache keeps {window} tokens of a context of {context}: no window")
             table = PageTable(count, page_size=size, below=tiers, loose=window is not None)
             least = pages_seen(window, 1, size, count)
             pools.append(Pool(table, window, max(least, min(pages_seen(window, new, size, count), count - 1))))
@@ -184,9 +182,9 @@ class Pools:
             pool.table.release(match.held)
 
     def lend(self, tokens: int, new: int) -> list[list[int]]:
-        """Pages of every pool for `tokens` tokens that nobody else will see, computed `new` at a time. Raises CacheFull.
+        """Pages of every pool for `tokens` tokens that nobody else will see, computed `new` at a time.
 
-        With a window a few pages serve all of them in turn: see `unrolled`.
+        With a window a few pages serve all of them in turn: see `unrolled`. Raises CacheFull.
         """
         lent: list[list[int]] = []
         try:

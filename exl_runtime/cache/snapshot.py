@@ -79,8 +79,8 @@ DIFFERENCES = {
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A prefix in the cache: `tokens` under `root`, and in every pool the `pages` that hold them, all full but the last;
-    the first `gone` of them are not there."""
+    """A prefix in the cache: `tokens` under `root`, and in every pool the `pages` that hold them, all of them full but
+    the last; the first `gone` are not there."""
 
     root: bytes
     tokens: Sequence[int]

@@ -13,7 +13,7 @@ ALIGNMENT = 64  # bytes; one cache line, and the widest vector register
 
 
 class KVStorage:
-    """`parts`: keys and values of the layers of every group, each (layers, pages, page_size, kv_heads, row) in one allocation.
+    """`parts`: for every group of layers its keys and values, (layers, pages, page_size, kv_heads, row) each.
 
     row is head_dim elements, or the bytes of a quantized head (`ops.kv_quant`), for keys and values separately.
     Everything reads as zero until it is written. On the CPU untouched pages cost no physical memory, so a long

@@ -21,7 +21,7 @@ from ..cache.prefix import root_key
 from ..cache.sinks import SinkKeeper
 from ..cache.snapshot import Contents, Snapshot, contents_of
 from ..cache.storage import KVStorage
-from ..cache.tiers import Tiers
+from ..cache.tiers import tiers_of
 from ..errors import PromptTooLong, UsageError
 from ..model.angles import key_frequencies
 from ..model.graph import Recordable, Recorder
@@ -80,8 +80,9 @@ class Generator:
             )
         self.model = model
         self.kv = kv
-        self.tiers = Tiers([kv] if draft is None else [kv, draft[1]], host_bytes=host_bytes)
-        self.pools = Pools.fitting(kv.geometry, kv.counts, [self.tiers], context=self.context, new=prefill_tokens)
+        self._below = tiers_of([kv] if draft is None else [kv, draft[1]], host_bytes=host_bytes)
+        self.tiers = self._below[0]
+        self.pools = Pools.fitting(kv.geometry, kv.counts, self._below, context=self.context, new=prefill_tokens)
         self.table = self.pools[0].table
         self._roots = {root_key(0): None}  # the one used last at the end
         self._clock = clock
@@ -151,8 +152,8 @@ class Generator:
             accepted_tokens=totals.accepted_tokens,
             host_tokens=self.tiers.tokens_from("host"),
             disk_tokens=self.tiers.tokens_from("disk"),
-            evictions=self.table.evictions,
-            host_bytes=self.tiers.host.nbytes,
+            evictions=sum(pool.table.evictions for pool in self.pools),
+            host_bytes=sum(tiers.host.nbytes for tiers in self._below),
         )
 
     def submit(self, request: Request) -> str:
@@ -235,7 +236,8 @@ class Generator:
         """Empty the prefix cache of all that no running request uses, and the tiers below it."""
         with self._own_turn():
             self.pools.clear()
-            self.tiers.clear()
+            for tiers in self._below:
+                tiers.clear()
 
     @contextmanager
     def holding(self, tokens: Many[int]) -> Iterator[Contents]:

@@ -10,7 +10,7 @@ from .sequence import Sequence
 
 
 class Pager:
-    """Not thread-safe, as the scheduler around it. `roller`: see `Scheduler`. `new`: tokens of a pass beside the steps."""
+    """Not thread-safe, as the scheduler around it. `roller`: see `Scheduler`. `new`: tokens of a pass of guidance."""
 
     def __init__(self, pools: Pools, roller: Roller | None, *, new: int) -> None:
         self.pools = pools

@@ -83,8 +83,8 @@ class Scheduler:
         max_running: int = MAX_RUNNING,
         roller: Roller | None = None,
     ) -> None:
-        """`pools`: a page table is the only one. `roller` moves the windows of sequences that have a `roll`; without one
-        there must be none."""
+        """`pools`: a page table stands for the only one. `roller` moves the windows of sequences that have a `roll`;
+        without one there must be none."""
         self.pools = pools if isinstance(pools, Pools) else Pools.of(pools)
         self.roller = roller
         self._pager = Pager(self.pools, roller, new=PREFILL_TOKENS)
