@@ -28,6 +28,7 @@ from ..model.graph import Recordable, Recorder
 from ..model.lora import Mix
 from .decoding import Decoder
 from .drafting import Drafter
+from .dropping import Dropper
 from .engine import Engine
 from .intake import Intake, MakeSampler
 from .request import Request, Result
@@ -97,8 +98,15 @@ class Generator:
         stores = [(kv, key_frequencies(model.spec))]
         if draft is not None:
             stores.append((draft[1], key_frequencies(draft[0].spec)))
-        roller = Roller(self.pools, SinkKeeper(stores))
-        self._scheduler = Scheduler(self.pools, prefill_tokens=prefill_tokens, max_running=max_running, roller=roller)
+        sinks = SinkKeeper(stores)
+        self._dropper = Dropper(self.table, sinks)
+        self._scheduler = Scheduler(
+            self.pools,
+            prefill_tokens=prefill_tokens,
+            max_running=max_running,
+            roller=Roller(self.pools, sinks),
+            dropper=None if self.pools.slide else self._dropper,
+        )
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
         self._speculator = Speculator(drafter, context=self.context)
@@ -226,6 +234,10 @@ class Generator:
                 each(list(tokens), tables, rope_length, visit, first=first, chunk=chunk, mix=mix)
             finally:
                 self.pools.take_back(lent)
+
+    def knows_past(self, past: bytes) -> bool:
+        """True when a conversation went on after exactly these turns had left (`Left.past`). Thread-safe."""
+        return self._dropper.knows(past)
 
     def remember(self, tokens: Many[int]) -> None:
         """Let guesses come from this text too, as they do from replies of the past."""

@@ -5,15 +5,18 @@ leave whenever a new one is wanted.
 """
 
 from ..cache.pools import Held, Hit, Pools
+from .dropping import Dropper
 from .rolling import Found, Roller
 from .sequence import Sequence
 
 
 class Pager:
-    """Not thread-safe, as the scheduler around it. `roller`: see `Scheduler`. `new`: tokens of a pass of guidance."""
+    """Not thread-safe, as the scheduler around it, which says what `roller` and `dropper` are. `new`: tokens of a pass
+    of guidance."""
 
-    def __init__(self, pools: Pools, roller: Roller | None, *, new: int) -> None:
+    def __init__(self, pools: Pools, roller: Roller | None, dropper: Dropper | None, *, new: int) -> None:
         self.pools = pools
+        self.dropper = dropper
         self._new = new
         self.roller = roller
 
@@ -21,19 +24,25 @@ class Pager:
         """Give a waiting sequence its cached prefix, and pages for all its tokens, or for as many of them as one may
         hold at a time. False if there are too few; `running`: how many others want some soon."""
         pools, size = self.pools, self.pools.page_size
-        count, found = -(-len(sequence.tokens) // size), None
+        count, found, start = -(-len(sequence.tokens) // size), None, None
+        # At least the last token is computed again: its logits are wanted.
+        limit = min(len(sequence.tokens) - 1, sequence.reusable)
         if self.roller is not None and sequence.roll is not None:
             found = self.roller.find(sequence)
             hit = self.roller.match(sequence, found, len(found.tokens) - 1)
             count = min(-(-len(found.tokens) // size), sequence.roll.pages)
+        elif self.dropper is not None and sequence.left_turns is not None:
+            start = self.dropper.find(sequence, limit)
+            hit = Hit(start.match.keys, (start.match,))
         else:
-            # At least the last token is computed again: its logits are wanted.
-            limit = min(len(sequence.tokens) - 1, sequence.reusable)
             hit = pools.match(sequence.tokens, root=sequence.root, limit=limit)
         # A second branch has its pages from the start: it must never have to yield in the middle of a step.
         shadow = sequence.shadow
         beside = [0] * len(pools) if shadow is None else pools.lending(shadow.most, self._new)
-        wanted = self._wanted(hit, count, beside, running)
+        held = [] if start is None else start.held
+        in_place = sum(pools[0].table.references(page) == 1 for page in held)
+        wanted = self._wanted(hit, count, beside, running, in_place)
+        pools[0].table.release(held)  # they may be taken now: what they hold is read before anything is written
         if wanted is None:
             pools.give_up(hit)
             return False
@@ -52,8 +61,13 @@ class Pager:
         sequence.kv_length = len(sequence.keys) * size + hit.shared
         sequence.draft_length = sequence.kv_length
         sequence.version += 1
+        reused = sequence.kv_length
+        if self.dropper is not None and start is not None:
+            reused += self.dropper.adopt(sequence, start)
+            self._seal(sequence)
+            self._record_tail(sequence)
         if sequence.reused_tokens is None:
-            sequence.reused_tokens = sequence.kv_length
+            sequence.reused_tokens = reused
         return True
 
     def settle(self, sequence: Sequence) -> None:
@@ -103,12 +117,8 @@ class Pager:
 
     def commit(self, sequence: Sequence, stop: int, *, findable: bool) -> None:
         """Keys and values up to `stop` are computed: seal what is full; the rest can be found too if `findable`."""
-        sequence.kv_length, size = stop, self.pools.page_size
-        while (page := len(sequence.keys)) < stop // size:
-            tokens = sequence.tokens[page * size : (page + 1) * size]
-            changed, key = self.pools.seal(sequence.held, page, sequence.parent, tokens)
-            sequence.version += changed
-            sequence.keys.append(key)
+        sequence.reach(stop)
+        self._seal(sequence)
         if findable:
             self._record_tail(sequence)
 
@@ -136,14 +146,17 @@ class Pager:
         sequence.kv_length = 0
         sequence.draft, sequence.wish, sequence.room = [], 0, 0
         sequence.sinks = None
-        if sequence.shift:
+        if sequence.roll is None:
+            sequence.root, sequence.shift, sequence.placed = sequence.base, 0, None
+        elif sequence.shift:
             sequence.set_gone(0)
         if sequence.shadow is not None:
             sequence.shadow.release()
         sequence.version += 1
 
-    def _wanted(self, hit: Hit, count: int, beside: list[int], running: int) -> list[int] | None:
-        """Pages that a sequence of `count` pages takes in every pool; None: there are too few of them."""
+    def _wanted(self, hit: Hit, count: int, beside: list[int], running: int, held: int) -> list[int] | None:
+        """Pages that a sequence of `count` pages takes in every pool; None: there are too few of them. `held`: pages of
+        the first pool that become free."""
         wanted = []
         for pool, match, lent in zip(self.pools, hit.matches, beside, strict=True):
             table = pool.table
@@ -151,9 +164,10 @@ class Pager:
             # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
             headroom = min(running, table.pages // 8)
             in_place = match.source is not None and table.references(match.source) == 1
-            if pages + lent > table.available + in_place - headroom:
+            if pages + lent > table.available + in_place + held - headroom:
                 return None
             wanted.append(pages)
+            held = 0
         return wanted
 
     def _resume(self, roller: Roller, sequence: Sequence, found: Found) -> None:
@@ -173,6 +187,15 @@ class Pager:
         # What has left is no place to write to: a draft model that is further behind goes on from what is there.
         behind = max(held.gone for held in sequence.held) * self.pools.page_size
         sequence.draft_length = max(sequence.draft_length, behind)
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Make pages that are full findable."""
+        size = self.pools.page_size
+        while (page := len(sequence.keys)) < sequence.kv_length // size:
+            tokens = sequence.tokens[page * size : (page + 1) * size]
+            changed, key = self.pools.seal(sequence.held, page, sequence.parent, tokens)
+            sequence.version += changed
+            sequence.keys.append(key)
 
     def _record_tail(self, sequence: Sequence) -> None:
         start = len(sequence.keys) * self.pools.page_size

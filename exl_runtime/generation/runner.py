@@ -16,8 +16,9 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
+from ..model.adapted import Adapted
 from ..model.batch import ForwardBatch, Plan
-from ..model.lora import Adapted, Mix
+from ..model.lora import Mix
 from ..model.step import WHOLE
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..cache.pages import PageTable
 from ..cache.pools import Pools
 from ..errors import CacheFull
+from .dropping import Dropper
 from .paging import Pager
 from .request import RequestState
 from .rolling import Roller
@@ -82,12 +83,14 @@ class Scheduler:
         prefill_tokens: int = PREFILL_TOKENS,
         max_running: int = MAX_RUNNING,
         roller: Roller | None = None,
+        dropper: Dropper | None = None,
     ) -> None:
         """`pools`: a page table stands for the only one. `roller` moves the windows of sequences that have a `roll`;
-        without one there must be none."""
+        without one there must be none. `dropper` finds what is left of sequences that lost turns, in one pool without a
+        window; without one they are computed again."""
         self.pools = pools if isinstance(pools, Pools) else Pools.of(pools)
         self.roller = roller
-        self._pager = Pager(self.pools, roller, new=PREFILL_TOKENS)
+        self._pager = Pager(self.pools, roller, dropper, new=PREFILL_TOKENS)
         self.prefill_tokens = prefill_tokens
         self.max_running = max_running
         self.waiting: list[Sequence] = []

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..config.spec import MoeSpec
-from ..ops.moe import route
+from ..ops.table import OpSet
 from .linear import Linear
 from .mlp import Mlp
 
@@ -12,13 +12,14 @@ from .mlp import Mlp
 class Moe:
     """Router, experts, weighted sum; x (T, hidden) -> (T, hidden)."""
 
-    def __init__(self, *, router: Linear, experts: list[Mlp], spec: MoeSpec) -> None:
+    def __init__(self, *, router: Linear, experts: list[Mlp], spec: MoeSpec, ops: OpSet) -> None:
         self.router = router
         self.experts = experts
         self.spec = spec
+        self._route = ops.route
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights, chosen = route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
+        weights, chosen = self._route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
         out = torch.zeros_like(x)
         # Experts in ascending order, so that the order of the sum for one token never depends on its neighbours.
         for expert in chosen.unique(sorted=True).tolist():

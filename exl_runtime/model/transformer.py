@@ -120,10 +120,10 @@ class Transformer:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
         self._step, self._step_is_known = None, False
 
-    def with_parts(self, blocks: list[Block], head: Linear) -> Self:
-        """The same model with other blocks and another head; all else is shared."""
+    def with_parts(self, blocks: list[Block], head: Linear, embedding: Embedding) -> Self:
+        """The same model with other blocks, another head and embedding; all else is shared."""
         other = copy(self)
-        other.blocks, other.head = blocks, head
+        other.blocks, other.head, other.embedding = blocks, head, embedding
         other.forget_step()
         return other
 
