@@ -37,14 +37,22 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One layer. matrices: query, key, value, out, gate, up, down. norms: input, pre_mlp, post_attention, post_mlp,
-    query, key, float32; None where the model has none. rope: which of the angles of a pass are this layer's."""
+    """One layer.
+
+    matrices   query, key, value, out, gate, up, down; of a mixture of experts query, key, value, out, router, then
+               gate, up, down of every expert
+    norms      input, pre_mlp, post_attention, post_mlp, query, key, float32; None where the model has none
+    rope       which of the angles of a pass are this layer's
+    visits     experts for a token, 0: no mixture; normalize: see `ops.moe.route`
+    """
 
     matrices: tuple[Matrix, ...]
     norms: tuple[Tensor | None, ...]
     activation: str
     window: int | None
     rope: int
+    visits: int = 0
+    normalize: bool = False
 
 
 class Program:
@@ -100,6 +108,8 @@ class Program:
                 layer.activation,
                 layer.window or 0,
                 layer.rope,
+                layer.visits,
+                layer.normalize,
             )
         self.layers = len(layers)
         self._run, self._draw = ops.step_run, ops.step_draw

@@ -3,7 +3,6 @@
 #include "step.h"
 
 #include <atomic>
-#include <chrono>
 #include <cstring>
 
 #include "kv_append.h"
@@ -11,35 +10,17 @@
 #include "rope.h"
 #include "row_kernels.h"
 #include "scratch.h"
+#include "step_moe.h"
 #include "threads.h"
 
 namespace exl {
 
 const char* const kPhaseNames[] = {"embed", "norm", "project", "rope", "append", "attend", "out", "mlp", "gated",
-                                   "head", "draw"};
+                                   "route", "head", "draw"};
 
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
-
-class Stopwatch {
- public:
-  explicit Stopwatch(StepTimes* to) : to_(to) {
-    if (to_ != nullptr) last_ = Clock::now();
-  }
-  // What passed since the last call belongs to `phase`.
-  void lap(Phase phase) {
-    if (to_ == nullptr) return;
-    const Clock::time_point now = Clock::now();
-    to_->seconds[int(phase)] += std::chrono::duration<double>(now - last_).count();
-    last_ = now;
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  StepTimes* to_;
-  Clock::time_point last_;
-};
 
 // y[i] += x[i]
 void add(float* y, const float* x, int64_t count) {
@@ -135,6 +116,10 @@ class Pass {
     multiply(l.out, to_.normed, to_.mixed, b_.rows);
     watch_.lap(Phase::out);
     join(l.post_attention_norm, l.pre_mlp_norm);
+    if (l.moe.visits > 0) {
+      step_moe(l.moe, l.activation, to_.normed, to_.normed, b_.rows, watch_);
+      return leave(l, next);
+    }
     const StepMatrix* const halves[] = {&l.gate, &l.up};
     float* const opened[] = {to_.gate, to_.up};
     multiply(halves, opened, 2, to_.normed, b_.rows);
@@ -144,8 +129,7 @@ class Pass {
     watch_.lap(Phase::gated);
     multiply(l.down, to_.normed, to_.gate, b_.rows);
     watch_.lap(Phase::mlp);
-    join(l.post_mlp_norm, next == nullptr ? nullptr : next->input_norm);
-    normed_ = next != nullptr;
+    leave(l, next);
   }
 
   void head(float* logits) {
@@ -257,6 +241,12 @@ class Pass {
         },
         1 + kGrain / m_.hidden);
     watch_.lap(Phase::norm);
+  }
+
+  // The end of a layer: its second half is in to_.normed.
+  void leave(const StepLayer& l, const StepLayer* next) {
+    join(l.post_mlp_norm, next == nullptr ? nullptr : next->input_norm);
+    normed_ = next != nullptr;
   }
 
   const StepModel& m_;

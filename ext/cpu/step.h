@@ -6,6 +6,7 @@
 //               q, k = norm over head_dim, where there are such weights;   rotated;   k, v into the pages
 //               a = attention(q) @ Wo (+ bias), then norm(., post_attention) where there is one;   x += a
 //               h = norm(x, pre_mlp)                          m = (activation(h @ Wg) * (h @ Wu)) @ Wd (+ biases)
+//               or of the experts e that a row visits, in ascending order, the sum of weight[e] * m[e] (step_moe.h)
 //               m = norm(m, post_mlp) where there is one;     x += m
 //   logits = norm(x[logit_rows], final) @ Wh (+ bias) * logit_scale
 //
@@ -32,12 +33,21 @@ struct StepMatrix {
   int64_t inputs, outputs;
 };
 
+// A mixture of experts in the place of gate, up and down.
+struct StepMoe {
+  StepMatrix router;                       // an output for every expert
+  std::vector<StepMatrix> gate, up, down;  // of every expert, without biases
+  int64_t visits = 0;                      // experts for a row; 0: the layer has no mixture
+  bool normalize = false;                  // route.h
+};
+
 // Norm weights are float32; null where the model has none.
 struct StepLayer {
   const float *input_norm, *pre_mlp_norm;            // (hidden)
   const float *post_attention_norm, *post_mlp_norm;  // (hidden), or null
   const float *query_norm, *key_norm;                // (head_dim), or null
   StepMatrix query, key, value, out, gate, up, down;
+  StepMoe moe;
   Activation activation;
   int64_t window;  // attention.h
   int64_t rope;    // which of the batch's
@@ -83,8 +93,9 @@ struct StepBatch {
   int64_t logits;
 };
 
-// Where the time of passes went, in seconds; draw: what a caller does with the logits.
-enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, head, draw, count };
+// Where the time of passes went, in seconds; route: all of a mixture but its products and activations; draw: what a
+// caller does with the logits.
+enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, route, head, draw, count };
 struct StepTimes {
   double seconds[int(Phase::count)];
 };

@@ -186,6 +186,10 @@ int main(int argc, char** argv) {
   check_case(ways, "dense, large", large, random);
   large.packed = true, large.bias = true;
   check_case(ways, "packed, large", large, random);
+  large.bias = false, large.experts = 6, large.visits = 3, large.inner = 64;
+  check_case(ways, "packed experts, large", large, random);
+  large.packed = false;
+  check_case(ways, "dense experts, large", large, random);
   check_finite(ways, 300000, random);
   if (ways.threads_only) return 0;
 
@@ -205,6 +209,15 @@ int main(int argc, char** argv) {
         c.key_bits = 8, c.value_bits = packed ? 6 : 8;
         check_case(ways, kind + ", quantized pages", c, random);
       }
+    }
+  }
+  for (const bool packed : {false, true}) {
+    for (const int64_t visits : {1, 2, 5}) {
+      Case c = small;
+      c.packed = packed, c.post_norms = visits != 2;
+      c.experts = 5, c.visits = visits, c.inner = 32, c.windows.push_back(7);
+      const std::string kind = packed ? "packed experts, " : "dense experts, ";
+      check_case(ways, kind + std::to_string(visits) + " of 5", c, random);
     }
   }
   for (const int64_t page_size : {1, 16}) {

@@ -31,6 +31,7 @@ struct Case {
   int64_t hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, inner = 96, vocabulary = 50, page_size = 4;
   std::vector<int64_t> windows{std::numeric_limits<int64_t>::max(), 5};  // of each layer
   bool head_norms = true, post_norms = true, bias = false;
+  int64_t experts = 0, visits = 0;  // of every second layer, from the first on; no biases then
   Activation activation = Activation::silu;
   std::vector<std::vector<int64_t>> steps;
 };
@@ -51,12 +52,23 @@ class Model {
     const int64_t wide = c.heads * c.head_dim, narrow = c.kv_heads * c.head_dim;
     for (size_t i = 0; i < c.windows.size(); ++i) {
       StepLayer l{};
+      first_.push_back(weights_.size());
       l.input_norm = norm(c.hidden), l.pre_mlp_norm = norm(c.hidden);
       if (c.post_norms) l.post_attention_norm = norm(c.hidden), l.post_mlp_norm = norm(c.hidden);
       if (c.head_norms) l.query_norm = norm(c.head_dim), l.key_norm = norm(c.head_dim);
       l.query = matrix(c.hidden, wide), l.key = matrix(c.hidden, narrow), l.value = matrix(c.hidden, narrow);
       l.out = matrix(wide, c.hidden);
-      l.gate = matrix(c.hidden, c.inner), l.up = matrix(c.hidden, c.inner), l.down = matrix(c.inner, c.hidden);
+      if (c.experts > 0 && i % 2 == 0) {
+        l.moe.router = matrix(c.hidden, c.experts);
+        l.moe.visits = c.visits, l.moe.normalize = c.post_norms;
+        rough_ = i + 1 == c.windows.size();
+        for (int64_t e = 0; e < c.experts; ++e) {
+          l.moe.gate.push_back(matrix(c.hidden, c.inner)), l.moe.up.push_back(matrix(c.hidden, c.inner));
+          l.moe.down.push_back(matrix(c.inner, c.hidden));
+        }
+      } else {
+        l.gate = matrix(c.hidden, c.inner), l.up = matrix(c.hidden, c.inner), l.down = matrix(c.inner, c.hidden);
+      }
       l.activation = c.activation, l.window = c.windows[i], l.rope = int64_t(i % 2);
       step.layers.push_back(l);
     }
@@ -64,7 +76,8 @@ class Model {
   }
 
   StepModel step;
-  const Weight& weight(int64_t layer, int64_t which) const { return weights_[size_t(7 * layer + which)]; }
+  // query, key, value, out, gate, up, down; of a mixture query, key, value, out, router, then gate, up, down by expert.
+  const Weight& weight(int64_t layer, int64_t which) const { return weights_[first_[size_t(layer)] + size_t(which)]; }
   const Weight& head() const { return weights_.back(); }
   double embedding(int64_t token, int64_t i) const {
     return element(table_.data(), c_.dtype, token * c_.hidden + i) * double(step.embedding_scale);
@@ -85,7 +98,8 @@ class Model {
     if (c_.packed) {
       w.packed = exl2({{5, 32}, {4, inputs - 32}}, outputs, true, false, random_);
       w.step.packed = w.packed.view();
-      w.step.residual_rows = weights_.size() % 3 == 0 ? 0 : int64_t(1) << 62;  // neighbours that cannot share a call
+      // Neighbours that cannot share a call. Not where it could change which experts are visited.
+      w.step.residual_rows = weights_.size() % 3 == 0 && (c_.experts == 0 || rough_) ? 0 : int64_t(1) << 62;
       for (int64_t p = 0; p < w.packed.positions; ++p) {
         for (int64_t n = 0; n < outputs; ++n) {
           w.value[size_t(w.packed.input[size_t(p)] * outputs + n)] = w.packed.weight(p, n);
@@ -113,6 +127,8 @@ class Model {
   Buffer<uint8_t> table_;
   std::vector<Buffer<float>> norms_;
   std::vector<Weight> weights_;
+  std::vector<size_t> first_;  // of each layer
+  bool rough_ = false;
 };
 
 // Angles of both ropes: the second turns half of a head. Row `place[p]` belongs to position p.
@@ -181,15 +197,51 @@ class Loops {
     if (c_.post_norms) a = norm(a, l.post_attention_norm, c_.hidden);
     for (size_t i = 0; i < x.size(); ++i) x[i] += a[i];
     h = norm(x, l.pre_mlp_norm, c_.hidden);
-    Doubles gate = multiply(m_.weight(index, 4), h, rows);
-    const Doubles up = multiply(m_.weight(index, 5), h, rows);
-    for (size_t i = 0; i < gate.size(); ++i) {
-      gate[i] = activated(gate[i], l.activation) * up[i];
-      gate[i] += shift(6e-7 * std::fabs(gate[i]) + 1e-7 * std::fabs(up[i]));
-    }
-    Doubles m = multiply(m_.weight(index, 6), gate, rows);
+    Doubles m = l.moe.visits > 0 ? mixture(index, h, rows) : gated_mlp(index, 4, h, rows);
     if (c_.post_norms) m = norm(m, l.post_mlp_norm, c_.hidden);
     for (size_t i = 0; i < x.size(); ++i) x[i] += m[i];
+  }
+
+  // The three matrices from number `which` on.
+  Doubles gated_mlp(int64_t index, int64_t which, const Doubles& h, int64_t rows) {
+    Doubles gate = multiply(m_.weight(index, which), h, rows);
+    const Doubles up = multiply(m_.weight(index, which + 1), h, rows);
+    for (size_t i = 0; i < gate.size(); ++i) {
+      gate[i] = activated(gate[i], m_.step.layers[size_t(index)].activation) * up[i];
+      gate[i] += shift(6e-7 * std::fabs(gate[i]) + 1e-7 * std::fabs(up[i]));
+    }
+    return multiply(m_.weight(index, which + 2), gate, rows);
+  }
+
+  Doubles mixture(int64_t index, const Doubles& h, int64_t rows) {
+    const StepMoe& moe = m_.step.layers[size_t(index)].moe;
+    const Doubles logits = multiply(m_.weight(index, 4), h, rows);
+    Doubles out;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double* own = logits.data() + r * c_.experts;
+      std::vector<bool> kept(size_t(c_.experts), false);
+      double total = 0;
+      for (int64_t v = 0; v < c_.visits; ++v) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < c_.experts; ++e) {
+          if (!kept[size_t(e)] && (best < 0 || own[e] > own[best])) best = e;
+        }
+        kept[size_t(best)] = true;
+      }
+      for (int64_t e = 0; e < c_.experts; ++e) total += kept[size_t(e)] || !moe.normalize ? std::exp(own[e]) : 0.0;
+      const Doubles row(h.data() + r * c_.hidden, h.data() + (r + 1) * c_.hidden);
+      Doubles sum(size_t(c_.hidden), 0.0);
+      for (int64_t e = 0; e < c_.experts; ++e) {
+        if (!kept[size_t(e)]) continue;
+        const Doubles said = gated_mlp(index, 5 + 3 * e, row, 1);
+        const double weight = std::exp(own[e]) / total;
+        for (int64_t i = 0; i < c_.hidden; ++i) {
+          sum[size_t(i)] += (weight + shift(0x1p-22 * weight)) * said[size_t(i)];
+        }
+      }
+      out.insert(out.end(), sum.begin(), sum.end());
+    }
+    return out;
   }
 
   Doubles norm(const Doubles& x, const float* weight, int64_t cols) {
