@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import StorageError
 from .geometry import CacheGeometry
+from .pools import Hit
 from .prefix import Node, chain, pack
 from .tiers import Pages, Tier, read_page
 
@@ -78,11 +79,19 @@ DIFFERENCES = {
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A prefix in the cache: `tokens` in `pages`, all of them full but the last, under `root`."""
+    """A prefix in the cache: `tokens` under `root`, and in every pool the `pages` that hold them, all of them full but
+    the last; the first `gone` are not there."""
 
     root: bytes
     tokens: Sequence[int]
-    pages: Sequence[int]
+    pages: Sequence[Sequence[int]]
+    gone: Sequence[int] = (0,)
+
+
+def contents_of(hit: Hit, root: bytes, tokens: Sequence[int]) -> Contents:
+    """What was found of `tokens`."""
+    pages = [[*match.pages, *([] if match.source is None else [match.source])] for match in hit.matches]
+    return Contents(root, tuple(tokens), pages, [match.gone for match in hit.matches])
 
 
 def snapshot_bytes(geometry: CacheGeometry, tokens: int) -> int:
@@ -95,7 +104,7 @@ def pieces(kv: Pages, contents: Contents, identity: Identity) -> Iterator[bytes 
     size = kv.geometry.page_size
     pages = []
     yield START
-    for number, page in enumerate(contents.pages):
+    for number, page in enumerate(contents.pages[0]):
         count = min(size, len(contents.tokens) - number * size)
         image = memoryview(read_page(kv, page, count).numpy())
         pages.append({"tokens": count, "sum": zlib.crc32(image)})

@@ -16,7 +16,7 @@ from ..config.spec import MlpSpec, ModelSpec
 from ..errors import OutOfMemory
 from ..formats.detect import MARKERS
 from .attending import attention_lines, pages_like
-from .placement import auto_context, cache_pages, geometry_of, plan, resolve_cache
+from .placement import auto_context, cache_bytes, cache_pages, plan, resolve_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,8 @@ def _load(spec: ModelSpec, context: int | None, cache: CacheType, device: torch.
         length = auto_context(spec, cache=cache, device=device, free=free) if context is None else context
     except OutOfMemory:
         return {}
-    nbytes = cache_pages(spec, length, cache=cache, device=device, free=free) * geometry_of(spec, cache).bytes_per_page
+    pages = cache_pages(spec, length, cache=cache, device=device, free=free)
+    nbytes = cache_bytes(spec, length, pages, cache=cache)
     return {"load_context": length, "load_cache_bytes": nbytes} if nbytes <= free else {}
 
 

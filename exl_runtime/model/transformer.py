@@ -19,7 +19,7 @@ from ..ops.native import torch_alone
 from ..ops.step import all_finite
 from ..ops.table import OpSet
 from .angles import Angles
-from .batch import ForwardBatch, Plan
+from .batch import ForwardBatch, Plan, by_layer
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
@@ -146,8 +146,9 @@ class Transformer:
         if check:
             require_finite(x, "the token embedding")
         ropes = self._angles.of_all(batch)
+        seen = by_layer(batch, kv.geometry)
         for block in self.blocks:
-            x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
+            x = block(x, seen[block.layer.index], ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:
                 require_finite(x, f"layer {block.layer.index}")
         if batch.logit_rows.numel() != x.shape[0]:

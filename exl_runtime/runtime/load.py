@@ -184,7 +184,7 @@ def load(
         packed.keep()
         stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
-    kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)
+    kv = KVStorage(geometry_of(spec, kv_type, length), cache_pages(spec, length, cache=kv_type, device=where), where)
     if kernels == "cuda":
         pages = kv.layer(0)[0]
         for line in attention_lines(spec, pages, where):
