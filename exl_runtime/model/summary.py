@@ -48,7 +48,6 @@ class ModelSummary:
     file_bytes: int
     weight_bytes: int
     kinds: tuple[KindSummary, ...]
-    layers: int
     context_length: int
     context: int
     cache_dtype: str  # type of keys and values: "fp16", "q8", "k6v4" ...
@@ -59,6 +58,7 @@ class ModelSummary:
     load_context: int = 0
     load_cache_bytes: int = 0
     attention: tuple[str, ...] = ()  # on the GPU that is here: who does it, and why
+    layers: int = 0
     windows: tuple[tuple[int, int], ...] = ()  # layers, and the last tokens they see and keep of that context
 
 
