@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..cache.storage import KVStorage
 from ..config.names import LINEARS
-from ..ops.moe import route
 from .adapter_loading import stages
 from .batch import Plan
 from .block import Block
@@ -94,11 +93,11 @@ class AdaptedMoe(Moe):
             names = [(block, expert_part(number, part)) for part in LINEARS[4:]]
             experts.append(_wrapped(expert, names, self._inside))
         router = AdaptedLinear(moe.router, (block, ROUTER), shares)
-        super().__init__(router=router, experts=experts, spec=moe.spec)
+        super().__init__(router=router, experts=experts, spec=moe.spec, route=moe.route)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the base class."""
-        weights, chosen = route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
+        weights, chosen = self.route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
         out = torch.zeros_like(x)
         reaching = [share for share in self._shares if share.adapter.reaches_experts(self._block)]
         for expert in chosen.unique(sorted=True).tolist():
