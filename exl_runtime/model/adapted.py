@@ -1,8 +1,8 @@
 """Runs passes in which LoRA adapters take part: y = x @ W + b + sum of weight * change, row by row.
 
 `Adapted` is the model once more, over the same weights, with wrapped matrices: it runs the passes in which an adapter
-takes part, and the model itself all others. Every row of a pass has its own adapters, and what it gets depends on no
-other row.
+takes part, unless the native pass of the model itself can have them, and the model all others. Every row of a pass has
+its own adapters, and what it gets depends on no other row.
 """
 
 from bisect import bisect_right
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..cache.storage import KVStorage
 from ..config.names import LINEARS
+from ..errors import NonFiniteError
+from .adapted_step import NativeAdapters
 from .adapter_loading import stages
 from .batch import Plan
 from .block import Block
@@ -112,6 +114,8 @@ class Adapted:
     """Runs the passes of `model` that adapters take part in. Not thread-safe, as the model itself."""
 
     def __init__(self, model: Transformer | SplitTransformer) -> None:
+        self._base = model
+        self._native = None if isinstance(model, SplitTransformer) else NativeAdapters(model)
         self._device = model.device
         self._body: dict[torch.device, list[Share]] = {stage.device: [] for stage in stages(model)}
         self._head: list[Share] = []
@@ -125,6 +129,14 @@ class Adapted:
 
     def forward_plan(self, plan: Plan, kv: KVStorage) -> Tensor:
         """`Transformer.forward` for a plan with `mixes`: float32 logits (L, vocab)."""
+        if self._native is not None and self._native.share(plan):
+            try:
+                return self._base.forward_plan(plan, kv)
+            except NonFiniteError:
+                pass  # what follows says where, with the adapters
+            except BaseException:
+                self._native.forget()
+                raise
         owners = [index for index, rows in enumerate(_rows(plan)) for _ in range(rows)]
         wanted = [bisect_right(plan.q_starts, row) - 1 for row in plan.logit_rows]
         for device, body in self._body.items():

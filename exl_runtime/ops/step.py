@@ -55,6 +55,20 @@ class Layer:
     normalize: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """What an adapter adds to one matrix: ((x @ down^T) * (weight * scale)) @ up^T. See ext/cpu/step_lora.h.
+
+    place     7 * layer + number of the matrix in `Layer.matrices`, of attention or an MLP; 7 * layers: the head
+    down, up  (rank, in_features), (out_features, rank), any float dtype
+    """
+
+    place: int
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
 class Program:
     """A model, built once; it keeps every tensor that it reads.
 
@@ -149,6 +163,23 @@ class Program:
             native.ops().step_pages(self._number, pages)
             self._pages = pages
         return self._draw(self._number, plan, draws, banned)  # type: ignore[no-any-return]
+
+    def adapter(self, changes: Sequence[AdapterChange], owner: object) -> int:
+        """A number for `share`, of an adapter that adds `changes`; forgotten with `owner`. Shapes are checked."""
+        ops = native.ops()
+        number: int = ops.step_adapter(
+            self._number,
+            [change.place for change in changes],
+            [change.down for change in changes],
+            [change.up for change in changes],
+            [change.scale for change in changes],
+        )
+        weakref.finalize(owner, ops.step_drop, self._number, number).atexit = False
+        return number
+
+    def share(self, adapters: Sequence[int], weights: Sequence[float]) -> None:
+        """The next pass, and no other, has these adapters, added in this order; weights: (adapters, sequences)."""
+        native.ops().step_share(self._number, adapters, weights)
 
     def times(self, timed: bool = True) -> dict[str, float]:
         """Seconds spent in each phase since the last call of this; from now on passes are timed, or not."""

@@ -16,6 +16,7 @@
 #include "../cpu/sample.h"
 #include "checks.h"
 #include "shared.h"
+#include "step_lora.h"
 #include "step_parts.h"
 
 namespace exl {
@@ -33,6 +34,7 @@ struct StepProgram {
   std::vector<int32_t> q_starts, kv_lengths;
   std::optional<Tensor> table, draw_pages;
   StepBatch batch{};
+  StepLora lora;
   std::vector<float> x, logits;
   int64_t next_layer = -1;  // -1: none
   StepTimes times{};
@@ -96,6 +98,7 @@ void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Ten
   std::vector<StepMatrix> all;
   for (size_t i = 0; i < matrices.size(); ++i) all.push_back(step_matrix(op, matrices[i], biases[i], residuals[i]));
   StepLayer l{};
+  for (size_t i = 0; i < (visits > 0 ? 4u : 7u); ++i) all[i].place = 7 * int64_t(m.layers.size()) + int64_t(i);
   l.query = all[0], l.key = all[1], l.value = all[2], l.out = all[3];
   const int64_t wide = m.heads * m.head_dim, narrow = m.kv_heads * m.head_dim;
   step_fits(op, "query", l.query, m.hidden, wide);
@@ -123,6 +126,7 @@ void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Ten
     program->kept.insert(program->kept.end(), list->begin(), list->end());
   }
   m.layers.push_back(l);
+  m.head.place = 7 * int64_t(m.layers.size());
 }
 
 void op_step_free(int64_t number) {
@@ -219,6 +223,7 @@ void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan,
   const StepModel& m = program.model;
   StepBatch b = program.batch;
   program.next_layer = -1;  // until everything is known to be good
+  program.lora.take();
   program.plan = std::move(plan);
   const int64_t* at = program.plan.data();
   const int64_t given = int64_t(program.plan.size());
@@ -243,6 +248,7 @@ void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan,
   a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
   for (const StepLayer& layer : m.layers) a.window = layer.window > a.window ? layer.window : a.window;
   check_tables(op, a, b.rows, program.pages);
+  program.lora.spread(op, b);
   program.table = pages;
   program.batch = b;
   program.x.resize(size_t(b.rows * m.hidden));

@@ -10,6 +10,7 @@
 #include "rope.h"
 #include "row_kernels.h"
 #include "scratch.h"
+#include "step_lora.h"
 #include "step_moe.h"
 #include "threads.h"
 
@@ -38,7 +39,7 @@ void add_bias(const StepMatrix& w, float* y, int64_t rows) {
 }
 
 // y[i] = x @ w[i] + bias for matrices of one input. Packed ones share a call while they ask for the same residual.
-void multiply(const StepMatrix* const* w, float* const* y, int count, const float* x, int64_t rows) {
+void multiply_all(const StepMatrix* const* w, float* const* y, int count, const float* x, int64_t rows) {
   for (int i = 0; i < count;) {
     Product products[kMostTogether];
     int many = 0;
@@ -54,11 +55,6 @@ void multiply(const StepMatrix* const* w, float* const* y, int count, const floa
     }
   }
   for (int i = 0; i < count; ++i) add_bias(*w[i], y[i], rows);
-}
-
-void multiply(const StepMatrix& w, float* y, const float* x, int64_t rows) {
-  const StepMatrix* one = &w;
-  multiply(&one, &y, 1, x, rows);
 }
 
 // Working memory of a pass, cut from one piece.
@@ -139,7 +135,7 @@ class Pass {
       std::memcpy(to_.mixed + i * m_.hidden, row, size_t(m_.hidden) * sizeof(float));
     }
     norm(to_.mixed, m_.final_norm, to_.normed, b_.logits);
-    multiply(m_.head, logits, to_.normed, b_.logits);
+    multiply(m_.head, logits, to_.normed, b_.logits, b_.logit_rows);
     if (m_.logit_scale != 1.0f) {
       const int64_t width = m_.head.outputs;
       parallel_for(
@@ -153,6 +149,18 @@ class Pass {
   }
 
  private:
+  // `tokens`: which of the pass each row of x is, null: they are all. With what the adapters of these add.
+  void multiply(const StepMatrix* const* w, float* const* y, int count, const float* x, int64_t rows,
+                const int64_t* tokens = nullptr) {
+    multiply_all(w, y, count, x, rows);
+    for (int i = 0; i < count && b_.share_count > 0; ++i) step_lora(b_, *w[i], x, rows, tokens, y[i]);
+  }
+
+  void multiply(const StepMatrix& w, float* y, const float* x, int64_t rows, const int64_t* tokens = nullptr) {
+    const StepMatrix* one = &w;
+    multiply(&one, &y, 1, x, rows, tokens);
+  }
+
   // Row t of each rope's angles is token t's.
   void gather_angles() {
     static thread_local Scratch memory;

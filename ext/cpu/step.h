@@ -9,6 +9,7 @@
 //               or of the experts e that a row visits, in ascending order, the sum of weight[e] * m[e] (step_moe.h)
 //               m = norm(m, post_mlp) where there is one;     x += m
 //   logits = norm(x[logit_rows], final) @ Wh (+ bias) * logit_scale
+//   behind every product: what the adapters of its rows add (step_lora.h)
 //
 // All in float32 (rms_norm.h, linear_packed.h, linear_dense.h, rope.h, kv_append.h, attention.h, gated.h).
 // reference: the same model run operator by operator      test: tests/model/test_step.py
@@ -31,6 +32,7 @@ struct StepMatrix {
   DenseWeights dense;
   const float* bias;  // (outputs), or null
   int64_t inputs, outputs;
+  int64_t place = -1;  // step_lora.h; -1: no adapter changes it
 };
 
 // A mixture of experts in the place of gate, up and down.
@@ -79,6 +81,8 @@ struct StepPages {
   int bits;  // 0: elements of StepBatch::page_dtype
 };
 
+struct StepShare;  // step_lora.h
+
 // The new tokens of all sequences, one after another.
 struct StepBatch {
   int64_t rows, sequences, table_width, page_size;
@@ -91,6 +95,8 @@ struct StepBatch {
   Dtype page_dtype;
   const int64_t* logit_rows;  // (logits)
   int64_t logits;
+  const StepShare* shares;  // of adapters
+  int64_t share_count;
 };
 
 // Where the time of passes went, in seconds; route: all of a mixture but its products and activations; draw: what a
