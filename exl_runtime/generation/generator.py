@@ -158,8 +158,8 @@ class Generator:
             pages_idle=self.table.idle,
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
-            host_tokens=self.tiers.tokens_from("host"),
-            disk_tokens=self.tiers.tokens_from("disk"),
+            host_tokens=max(tiers.tokens_from("host") for tiers in self._below),
+            disk_tokens=max(tiers.tokens_from("disk") for tiers in self._below),
             evictions=sum(pool.table.evictions for pool in self.pools),
             host_bytes=sum(tiers.host.nbytes for tiers in self._below),
         )
@@ -272,14 +272,16 @@ class Generator:
     def attach(self, snapshot: Snapshot) -> None:
         """Let prompts begin with what this snapshot holds."""
         with self._own_turn():
-            self.tiers.add(snapshot)
+            for tiers, tier in zip(self._below, snapshot.tiers, strict=True):
+                tiers.add(tier)
             self._note_root(snapshot.root)
 
     def detach(self, snapshot: Snapshot) -> None:
         """The opposite; what was read from it stays in the cache. Nothing happens when it is not attached."""
         with self._own_turn():
-            if snapshot in self.tiers.others:
-                self.tiers.remove(snapshot)
+            for tiers, tier in zip(self._below, snapshot.tiers, strict=True):
+                if tier in tiers.others:
+                    tiers.remove(tier)
 
     def _note_root(self, root: bytes) -> None:
         self._roots.pop(root, None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -95,6 +95,20 @@ def geometry_of(spec: ModelSpec, cache: CacheType, context: int | None = None) -
     )
 
 
+def geometry_beside(geometry: CacheGeometry, spec: ModelSpec, cache: CacheType) -> CacheGeometry | None:
+    """The shape of the keys and values of a second model that shares the page numbers of `geometry`: each of its layers
+    in the group that keeps just enough for it. None where one keeps too little, or a group would have no layer."""
+    kept = [group.window for group in geometry.groups]
+    windows = []
+    for layer in spec.layers:
+        enough = [one for one in kept if one is None or (layer.window is not None and layer.window <= one)]
+        if not enough:
+            return None
+        windows.append(enough[-1])
+    plain = geometry_of(spec, cache)
+    return replace(plain, windows=() if kept == [None] else tuple(windows)) if set(windows) == set(kept) else None
+
+
 def held_bytes(geometry: CacheGeometry, context: int) -> int:
     """The least cache for one sequence of `context` tokens: in every group what it holds at a time, and one page more,
     as a shared page is copied before a second sequence writes to it."""
@@ -128,17 +142,33 @@ def plan(spec: ModelSpec, *, context: int, weight_bytes: int, cache: CacheType) 
     )
 
 
+def require_room(
+    spec: ModelSpec, *, context: int | None, weight_bytes: int, cache: CacheType, device: torch.device
+) -> None:
+    """Raise OutOfMemory where the weights and the least cache cannot fit: known from headers, before anything is read.
+
+    context: tokens; None: as many as fit, one page at the least.
+    """
+    least = plan(spec, context=context or PAGE_SIZE, weight_bytes=weight_bytes, cache=cache)
+    free, needed = free_memory(device), least.weight_bytes + least.cache_bytes
+    if needed > free:
+        raise OutOfMemory(
+            f"{free / 2**30:.2f} GiB are free on {device}, too little for weights of {weight_bytes / 2**30:.2f} GiB "
+            f"and {least.cache_bytes / 2**30:.2f} GiB of cache for {least.context} tokens",
+            hint="close other programs, or take a model of fewer bits, a shorter --context or a smaller --cache",
+        )
+
+
 def cache_pages(
-    spec: ModelSpec, context: int, *, cache: CacheType, device: torch.device, free: int | None = None
+    geometry: CacheGeometry, context: int, *, device: torch.device, free: int | None = None
 ) -> tuple[int, ...]:
-    """Pages, in every group of `geometry_of(spec, cache, context)`, for one full context and a copied page, and as many
-    more as memory allows, up to SPARE contexts.
+    """Pages, in every group of layers, for one full context and a copied page, and as many more as memory allows, up to
+    SPARE contexts.
 
     The spare ones serve batches and remember earlier prompts. On the CPU they cost nothing until they are used.
     free: bytes beside the weights; None: what is free now.
     """
     free = free_memory(device) if free is None else free
-    geometry = geometry_of(spec, cache, context)
     least = _least(geometry, context)
     spare = [min(SPARE * (count - 1), SPARE_TOKENS // PAGE_SIZE) for count in least]
     sizes = [geometry.bytes_of(group) for group in geometry.groups]
@@ -148,9 +178,8 @@ def cache_pages(
     return tuple(count + more * share // wanted for count, more in zip(least, spare, strict=True))
 
 
-def cache_bytes(spec: ModelSpec, context: int, pages: Sequence[int], *, cache: CacheType) -> int:
+def cache_bytes(geometry: CacheGeometry, pages: Sequence[int]) -> int:
     """Bytes of so many pages of every group."""
-    geometry = geometry_of(spec, cache, context)
     return sum(geometry.bytes_of(group) * count for group, count in zip(geometry.groups, pages, strict=True))
 
 

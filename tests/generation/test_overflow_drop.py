@@ -199,10 +199,13 @@ def test_a_draft_model_comes_along() -> None:
         seed = fit_seed(number, talk, says, 9)
         if number == 6:
             before = rig.generator.stats.accepted_tokens
+            rig.draft.passes.clear()
+        read = sum(map(sum, rig.draft.passes))
         result = talk.ask(says, count=9, leave=2 if number == 5 else 0, seed=seed, speculate="draft")
         last = talk.seen[-1][1]
         talk.seen += [(token, last + i) for i, token in enumerate(says, 1)]
         assert result.ids == say(talk.seen, 9, seed)
+        assert sum(map(sum, rig.draft.passes)) - read < 20, "it reads only what is new, too"
         # It sees what the model sees, so that every guess is right.
         assert rig.generator.stats.accepted_tokens == rig.generator.stats.drafted_tokens
     assert rig.generator.stats.accepted_tokens > before
@@ -228,6 +231,79 @@ def test_ropes_that_depend_on_the_length_are_not_mixed() -> None:
     assert result.reused_tokens == 0
     plain = [(token, place + 1000 * 61) for place, token in enumerate(prompt, 1)]
     assert result.ids[:6] == say([*plain], 6, 1)
+
+
+@pytest.mark.parametrize("pages", [34, 38])
+def test_a_crowd_that_yields_its_pages(pages: int) -> None:
+    rig = Rig(pages=pages)
+    talks = [Talk(rig, [20, 21, 22, 23, 24], between=[26]) for _ in range(3)]
+    for k, talk in enumerate(talks):
+        talk.turns = [[k, 7, *range(9)] for _ in range(3)]
+    requests = []
+    for talk in talks:
+        rig.generator.run([request(talk.prompt(0), 1, 0, overflow="drop", speculate="off")])
+        talk.turns.append([9, 7])
+        left = Left(past=bytes([talk.turns[0][0] + 1]), whole=tuple(talk.prompt(0)))
+        requests.append(request(talk.prompt(1), 60, 1, overflow="drop", left=left, speculate="off"))
+    results = rig.generator.run(requests)
+    rig.check()
+    assert rig.generator.stats.preemptions > 0
+    for talk, result in zip(talks, results, strict=True):
+        prompt = talk.prompt(1)
+        assert result.ids in replies(prompt, len(talk.prompt(0)) - len(prompt), 60)
+        # What it computed again in the meantime is what it is without any turn that left.
+        known = [*prompt, *result.ids]
+        (plain,) = rig.generator.run([request(known, 3, 1, speculate="off")])
+        assert plain.ids == say([(token, place) for place, token in enumerate(known, 1)], 3, 1)
+
+
+def test_who_yields_and_finds_nothing_any_more_begins_as_if_nothing_had_left() -> None:
+    talk = grown(Rig(pages=40))
+    talk.turns.append([9, 7])
+    prompt = talk.prompt(2)
+    left = Left(past=talk.past(2), whole=tuple(talk.prompt(0)))
+    generator = talk.rig.generator
+    generator.submit(request(prompt, 12, 1, overflow="drop", left=left, speculate="off"))
+    events = []
+    while len(events) < 6:
+        events += generator.step()
+    (sequence,) = generator._scheduler.running
+    assert sequence.shift and sequence.root != sequence.base
+    first = tuple(sequence.generated)
+    generator._scheduler.requeue(sequence)
+    talk.rig.table.clear()
+    while generator.busy:
+        events += generator.step()
+    talk.rig.check()
+    seen = [(token, place) for place, token in enumerate([*prompt, *first], 1)]
+    assert events[-1].result.ids == (*first, *_going_on(seen, 12, len(first)))
+
+
+def replies(prompt: list[int], shift: int, count: int) -> set[tuple[int, ...]]:
+    """What may be said behind the first 5 tokens and the rest, after a gap or computed again; when it had to yield,
+    changing from one to the other in the middle."""
+    ways = [[*range(1, len(prompt) + 1)], [*range(1, 6), *range(6 + shift, len(prompt) + 1 + shift)]]
+    found = set()
+    for first in ways:
+        seen = [*zip(prompt, first, strict=True)]
+        whole = say([*seen], count, 1)
+        found.add(whole)
+        for taken in range(1, len(whole)):
+            for then in ways:
+                last = then[-1]
+                places = [*then, *range(last + 1, last + 1 + taken)]
+                seen = [*zip([*prompt, *whole[:taken]], places, strict=True)]
+                found.add((*whole[:taken], *_going_on(seen, count, taken)))
+    return found
+
+
+def _going_on(seen: Seen, count: int, taken: int) -> tuple[int, ...]:
+    sampler, generated, place = FakeSampler(1), [*range(taken)], seen[-1][1] - taken
+    while len(generated) < count and EOS not in generated[taken:]:
+        keys, values = torch.tensor(seen, dtype=torch.float32).T
+        generated.append(sampler.sample(_from_state(torch.stack([keys, values] * LAYERS)), (), generated).id)
+        seen.append((generated[-1], place + len(generated)))
+    return tuple(generated[taken:])
 
 
 class Talks(RuleBasedStateMachine):

@@ -1,5 +1,6 @@
 """Turns that leave a real Transformer's conversation, against a float64 model that lists what every token sees."""
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import by_name, model_of, write
 from torch import Tensor
 
 from exl_runtime.cache.geometry import CacheGeometry
+from exl_runtime.cache.pages import Match
 from exl_runtime.cache.storage import KVStorage
 from exl_runtime.cache.types import cache_type
 from exl_runtime.generation.generator import Generator
@@ -45,9 +47,17 @@ def generator_of(model, recorder: Recorder, cache: str = "fp32", pages: int = 2 
     return Generator(model, kv, FakeTokenizer(), context=CONTEXT, make_sampler=lambda request, seed: recorder)
 
 
-def talk(generator: Generator, leave: dict[int, int], turns: int = 9) -> tuple[list[int], list[int], list[int]]:
+def talk(
+    generator: Generator,
+    leave: dict[int, int],
+    turns: int = 9,
+    *,
+    head_again: Set[int] = frozenset(),
+    again: bool = False,
+) -> tuple[list[int], list[int], list[int]]:
     """A conversation from which before turn i leave[i] turns go: all tokens, of each how many had left when it was
-    computed, and the places after which something was drawn."""
+    computed, and the places after which something was drawn. head_again: turns that compute the first tokens again;
+    again: it was held before, so that some replies cost one token."""
     said: list[list[int]] = []
     ids, shift, drawn = [*HEAD], [0] * len(HEAD), []
     left = 0
@@ -65,7 +75,8 @@ def talk(generator: Generator, leave: dict[int, int], turns: int = 9) -> tuple[l
         (result,) = generator.run([one])
         generator.table.check()
         # The last token of the reply before is computed only now.
-        assert result.prompt_tokens - result.reused_tokens == (8 + 1 if number else len(HEAD) + 8)
+        cost = 8 + 1 + (len(HEAD) if number in head_again else 0) if number else len(HEAD) + 8
+        assert result.prompt_tokens - result.reused_tokens == cost or again
         said[-1] += result.ids
         gone = sum(len(turn) for turn in said[:left])
         ids += [*asked, *result.ids]
@@ -106,19 +117,74 @@ def test_the_same_conversation_gives_the_same_bits(cache, root) -> None:
 
 @pytest.mark.parametrize("cache", ["fp32", "q4"])
 def test_first_tokens_do_not_drift(cache, root) -> None:
-    """However often turns leave, the first tokens are turned once, from what was computed first."""
+    """However often turns leave, the first tokens are turned once, from what was computed first: even when the copy of
+    that has gone, as long as the cache has it."""
     model = open_model(write(by_name("llama"), root), "cpu")
-    often, once = Recorder(), Recorder()
-    generator = generator_of(model, often, cache)
-    talk(generator, {number: 1 for number in range(3, 12)}, turns=12)
-    shift = 9 * (8 + COUNT)
-    key = generator._dropper.sinks._kept
-    (sinks,) = key.values()
-    other = generator_of(model, once, cache)
-    other._dropper.sinks.write(sinks, [0, 1], shift=shift, planned=CONTEXT, tokens=len(HEAD))
-    state = next(reversed(generator._dropper._states.values()))
-    (match,) = [generator.table.match(HEAD[:SIZE], root=root) for root in state]
-    for layer in range(len(model.spec.layers)):
-        for ours, theirs in zip(generator.kv.layer(layer), other.kv.layer(layer), strict=True):
-            assert torch.equal(ours[match.pages[0]], theirs[0])
-    generator.table.release(match.pages)
+    often, forgetful = Recorder(), Recorder()
+    leave = dict.fromkeys(range(3, 9), 1)
+    talk(generator_of(model, often, cache), leave)
+    generator = generator_of(model, forgetful, cache, pages=64)
+    keeper = generator._dropper.sinks
+    keeper.find = lambda key: None
+    talk(generator, leave)
+    assert torch.equal(torch.stack(often.rows), torch.stack(forgetful.rows))
+
+
+def test_first_tokens_that_are_gone_are_computed_where_they_are_now(root) -> None:
+    recorder = Recorder()
+    generator = generator_of(open_model(write(by_name("llama"), root), "cpu"), recorder)
+    keeper, table, find = generator._dropper.sinks, generator.table, generator.table.match
+
+    def lost(tokens, **options):
+        """The plain beginning is not found any more once turns have left."""
+        if generator._dropper._states and options["root"] not in roots():
+            return Match([], [], None, 0)
+        return find(tokens, **options)
+
+    def roots() -> set[bytes]:
+        return {root for states in generator._dropper._states.values() for root in states}
+
+    keeper.find, table.match = (lambda key: None), lost
+    ids, shift, drawn = talk(generator, LEAVE, head_again={5, 7})
+    of = {"kept": len(HEAD), "shift": torch.tensor(shift)}
+    naive = exact(model_of(by_name("llama")), ids, dtype=torch.float32, **of)[drawn]
+    oracle = exact(model_of(by_name("llama")), ids, **of)[drawn]
+    assert_as_good_as(torch.stack(recorder.rows), naive, oracle, factor=6.0, floor=2e-5)
+
+
+def test_other_turns_that_left_the_same_conversation_are_another_one(root) -> None:
+    model = open_model(write(by_name("llama"), root), "cpu")
+    one, other = Recorder(), Recorder()
+    generator = generator_of(model, one, pages=64)
+    talk(generator, {4: 1}, turns=5)
+    one.rows.clear()
+    talk(generator, {4: 2}, turns=5, again=True)
+    talk(generator_of(model, other), {4: 2}, turns=5)
+    assert torch.equal(torch.stack(one.rows[-COUNT:]), torch.stack(other.rows[-COUNT:]))
+
+
+def test_what_was_partly_overwritten_is_not_half_used(root) -> None:
+    """All of what was moved, or nothing: tokens computed in its place would be others."""
+    model = open_model(write(by_name("llama"), root), "cpu")
+    ours, plain = Recorder(), Recorder()
+    generator = generator_of(model, ours)
+    talk(generator, {4: 2}, turns=5)
+    ids = talk(generator, {4: 2}, turns=5, again=True)[0]
+    (states,) = generator._dropper._states.values()
+    (state,) = states.values()
+    said = ids[len(HEAD) + 2 * (8 + COUNT) :]
+    prompt = (*HEAD, *said, 5, 6, 7)
+    match = generator.table.match(prompt, root=state.root)
+    last = match.pages[(state.until - 1) // SIZE]
+    held = [page for page in (*match.pages, match.source) if page is not None]
+    generator.table.release(held)
+    taken = []
+    while last not in taken:
+        taken.append(generator.table.take())
+    generator.table.release(taken)
+    ours.rows.clear()
+    left = Left(past=bytes([2]))
+    (result,) = generator.run([Request(prompt=prompt, max_tokens=2, overflow="drop", left=left, speculate="off")])
+    fresh = generator_of(model, plain)
+    fresh.run([Request(prompt=prompt, max_tokens=2, speculate="off")])
+    assert result.prompt_tokens == len(prompt) and torch.equal(torch.stack(ours.rows), torch.stack(plain.rows))

@@ -5,14 +5,17 @@ gives other tokens.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from fakes import FakeSpec, FakeTransformer, Rig, expected, logits_of, request
+import torch
+from fakes import EOS, FakeSampler, FakeSpec, FakeTransformer, Rig, expected, logits_of, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl_runtime.cache.geometry import pages_seen
-from exl_runtime.errors import UsageError
+from exl_runtime.cache.snapshot import Identity, Snapshot, pieces, snapshot_bytes
+from exl_runtime.errors import StorageError, UsageError
 
 SIZE, NEW, CONTEXT = 4, 8, 400
 ALL_ALIKE, MIXED, TWO = (6, 6), (None, 6), (13, 6)
@@ -74,12 +77,6 @@ def test_the_next_turn_finds_what_is_in_sight(windows) -> None:
         if number:
             assert result.prompt_tokens - result.reused_tokens == 4, number
         said += [*result.ids, number, 7, 11]
-    # A beginning whose last tokens have long left every window is found while nobody needed the pages ...
-    assert rig_reuse(rig, windows, 50) >= 0
-
-
-def rig_reuse(rig: Rig, windows: Sequence[int | None], length: int) -> int:
-    return ask(rig, [*prompt_of(length), 30], 2, seed=5).reused_tokens
 
 
 @pytest.mark.parametrize("windows", KINDS)
@@ -142,6 +139,106 @@ def test_a_draft_model_that_lags_behind_writes_to_nobody(windows) -> None:
 def test_a_context_for_which_the_window_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="no window"):
         rig_of(ALL_ALIKE, context=12, pages=9)
+
+
+def snapshot_of(rig: Rig, tokens: Sequence[int], path: Path) -> int:
+    with rig.generator.holding(tokens) as held:
+        path.write_bytes(b"".join(bytes(piece) for piece in pieces(rig.kv, held, identity(rig))))
+        size = snapshot_bytes(rig.kv.geometry, len(held.tokens), held.gone)
+        assert abs(path.stat().st_size - size) <= 900
+        count = len(held.tokens)
+    rig.check()
+    return count
+
+
+def identity(rig: Rig) -> Identity:
+    return Identity.of("model", "computed", rig.kv.geometry)
+
+
+@pytest.mark.parametrize("windows", KINDS)
+def test_a_snapshot_holds_what_the_next_turn_needs(windows, tmp_path: Path) -> None:
+    rig, path = rig_of(windows), tmp_path / "talk.kv"
+    said = [*prompt_of(100), *ask(rig, prompt_of(100), 5).ids]
+    assert snapshot_of(rig, said, path) == len(said) - 1
+    full = Rig(pages=101, context=CONTEXT, prefill_tokens=NEW)
+    full.generator.run([request(prompt_of(100), 1)])
+    whole = tmp_path / "whole.kv"
+    snapshot_of(full, said, whole)
+    assert path.stat().st_size < whole.stat().st_size * (0.85 if None in windows else 0.35)  # with the index
+    again = rig_of(windows)
+    with pytest.raises(StorageError, match="in sight of the layers"):
+        Snapshot.open(whole, identity(again), again.kv.geometry)
+    snapshot = Snapshot.open(path, identity(again), again.kv.geometry)
+    again.generator.attach(snapshot)
+    assert ask(again, [*said, 3], 4, seed=2).reused_tokens == len(said) - 1
+    assert again.generator.stats.disk_tokens > 0
+    again.generator.detach(snapshot)
+    snapshot.close()
+    again.generator.forget()
+    assert ask(again, [*said, 3], 4, seed=2).reused_tokens == 0
+
+
+@pytest.mark.parametrize("windows", KINDS)
+def test_a_damaged_page_of_a_snapshot_is_computed_anew(windows, tmp_path: Path) -> None:
+    rig, path = rig_of(windows), tmp_path / "talk.kv"
+    said = [*prompt_of(60), *ask(rig, prompt_of(60), 5).ids]
+    snapshot_of(rig, said, path)
+    whole = path.read_bytes()
+    for place in range(16, len(whole), 37):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        again = rig_of(windows)
+        try:
+            again.generator.attach(Snapshot.open(path, identity(again), again.kv.geometry))
+        except StorageError:
+            continue
+        ask(again, [*said, 3], 2)
+
+
+@pytest.mark.parametrize("windows", KINDS)
+def test_conversations_that_push_each_other_out_come_back_from_host_memory(windows) -> None:
+    rig = rig_of(windows, host_bytes=1 << 20)
+    talks = [prompt_of(80, k) for k in range(3)]
+    for talk in talks:
+        ask(rig, talk, 2)
+    for k, talk in enumerate(talks):
+        assert ask(rig, [*talk, 30, k], 2).reused_tokens >= 80
+    assert rig.generator.stats.host_tokens > 0
+    assert ask(rig, [*talks[0][:40], 30], 2).reused_tokens == 40, "every page that left is kept there"
+
+
+@pytest.mark.parametrize("windows", KINDS)
+def test_guidance_goes_round_in_its_pages(windows) -> None:
+    """The negative prompt is longer than what a window and a pass take."""
+    prompt, negative, count = prompt_of(40), prompt_of(650, 3), 60
+    pages = tuple(n + more for n, more in zip(counts(windows, context=800), (190, 140), strict=False))
+    rig = rig_of(windows, context=800, pages=pages)
+    sampler, ids = FakeSampler(1), []
+    while len(ids) < count and EOS not in ids:
+        both = (logits_of([*start, *ids], windows=windows) for start in (prompt, negative))
+        with_it, against = (torch.log_softmax(logits, dim=-1) for logits in both)
+        ids.append(sampler.sample(against + 2.0 * (with_it - against), prompt, ids).id)
+    (result,) = rig.generator.run([request(prompt, count, seed=1, negative_prompt=tuple(negative), guidance=2.0)])
+    rig.check()
+    assert result.ids == tuple(ids)
+
+
+@pytest.mark.parametrize("windows", KINDS)
+def test_what_a_failed_request_left_behind_is_not_found(windows) -> None:
+    rig = rig_of(windows, times=4)
+    prompt = prompt_of(60)
+
+    def fail(batch: object) -> None:
+        if len(rig.model.passes) > 5:
+            raise RuntimeError("the device is gone")
+
+    rig.model.before = fail
+    with pytest.raises(RuntimeError):
+        rig.generator.run([request(prompt, 2)])
+    rig.check()
+    rig.model.before = lambda batch: None
+    for length in (20, 30, 40):
+        assert ask(rig, [*prompt[:length], 30, 1], 2).reused_tokens == 0
+        rig.generator.forget()
 
 
 TURN = st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(1, 12), st.integers(0, 3))
