@@ -20,6 +20,9 @@ def test_a_client_that_sends_everything_gets_what_a_session_gets(demo, overflow:
         keep = rt.head(chat.messages, rt.render(chat.messages).ids)
         assert keep > 256, "more than a page"
     with exl.load(demo, threads=1, context=1280) as rt, served(rt) as server:
+        kept: set[int] = set()
+        stream = rt.stream
+        rt.stream = lambda **options: kept.add(options.get("keep", 0)) or stream(**options)
         client = openai.OpenAI(base_url=f"{server.root}/v1", api_key="none", max_retries=0)
         messages = [{"role": "system", "content": LONG}]
         for number, expected in enumerate(said):
@@ -33,6 +36,7 @@ def test_a_client_that_sends_everything_gets_what_a_session_gets(demo, overflow:
             computed = made.usage.prompt_tokens - made.usage.prompt_tokens_details.cached_tokens
             assert number == 0 or computed < 20
         assert len(rt.render(messages).ids) > 1280
+        assert kept == ({keep} if overflow == "window" else {0})
 
 
 def test_continuing_keeps_the_system_prompt(demo) -> None:
