@@ -34,7 +34,8 @@ class Sinks:
 
 
 class SinkKeeper:
-    """Copies of sinks, the latest used longest, within `limit` bytes (the latest one always stays).
+    """Copies of sinks, the latest used longest, within `limit` bytes (the latest one always stays). Of the layers that
+    see all; out of the sight of windows there is nothing to move.
 
     stores  for every model that uses the same page numbers: its pages, and the frequencies of its layers
     """
@@ -56,7 +57,7 @@ class SinkKeeper:
         """A copy of what these pages hold, found again under `key`."""
         stores = []
         for kv, _ in self._stores:
-            layers = (kv.layer(index) for index in range(kv.geometry.layers))
+            layers = (kv.layer(index) for index in kv.geometry.groups[0].layers)
             stores.append(tuple((keys[list(pages)], values[list(pages)]) for keys, values in layers))
         sinks = Sinks(tuple(stores))
         self._kept.pop(key, None)
@@ -75,7 +76,7 @@ class SinkKeeper:
             size = kv.geometry.page_size
             count = len(pages) * size if tokens is None else tokens
             slots = slots_of(pages, size, 0, count)
-            for index, (keys, values) in enumerate(layers):
+            for index, (keys, values) in zip(kv.geometry.groups[0].layers, layers, strict=True):
                 k_pages, v_pages = kv.layer(index)
                 some, inv_freq = keys.flatten(0, 1)[None, :count], frequencies(index, planned)
                 turned = shifted(some, inv_freq, shift, kv.geometry.head_dim, kv.geometry.type.key_bits)

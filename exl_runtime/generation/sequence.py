@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.pages import PageCopy
+from ..cache.pools import Held
 from ..cache.sinks import Sinks
 from ..cache.window import NOTHING, Cut, Roll
 from ..sampling.sampler import Sampler
@@ -24,11 +25,11 @@ class Sequence:
     """One request on its way.
 
     tokens     what the model sees: the prompt as it was cut, then what was generated, minus what a window dropped
-    pages      the pages that hold keys and values of tokens[:kv_length], and perhaps room for more
+    held       in every pool, the pages with keys and values of tokens[:kv_length], and perhaps room for more
     keys       the keys of the full ones among them, which are sealed
     kv_length  tokens whose keys and values are computed. While decoding, all but the last token
-    copy       must be carried out before the first pass over this sequence
-    version    changes whenever `pages` does
+    copies     must be carried out before the first pass over this sequence
+    version    changes whenever `held` does
     roll       how it goes on past a full context; None: as its overflow policy says
     shift      rope position of every token, less its index in `tokens`: as many have left from behind the first ones
     gone       those tokens; `left` is the most there ever were of them, `told` how many of those events told of
@@ -55,10 +56,10 @@ class Sequence:
     prompt: tuple[int, ...] = ()
     generated: list[int] = field(default_factory=list)
     state: RequestState = RequestState.QUEUED
-    pages: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=lambda: [Held()])
     keys: list[bytes] = field(default_factory=list)
     kv_length: int = 0
-    copy: PageCopy | None = None
+    copies: tuple[PageCopy, ...] = ()
     version: int = 0
     matched: int = 0  # leading pages that came full from the cache
     follows: "tuple[Sequence, int] | None" = None  # wait until that one computed so many tokens: ours begin like them
@@ -109,6 +110,20 @@ class Sequence:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages of the first pool."""
+        return self.held[0].pages
+
+    @pages.setter
+    def pages(self, pages: list[int]) -> None:
+        self.held[0].pages = pages
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """The pages of every pool; 0 where one has left."""
+        return [held.pages for held in self.held]
 
     @property
     def rank(self) -> tuple[int, int]:
