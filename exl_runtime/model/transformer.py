@@ -112,7 +112,7 @@ class Transformer:
         return None if -1 in tokens else tokens
 
     def halt(self) -> None:
-        """End the pass that runs ahead of the calls, if there is one: before anybody but this model touches the pages."""
+        """End the pass that runs ahead of the calls, if there is one: before others than this model touch the pages."""
         if self._step is not None:
             self._step.halt()
 

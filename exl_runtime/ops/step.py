@@ -164,7 +164,7 @@ class Program:
         plan, pages  see `run`; `pages` is passed on while it is the same object as in the call before
         draws        temperature (0: the best token), min_p and u of every row
         banned       for every row how many ids are not allowed, then these, ascending
-        onward       what may be begun behind it, in pages that are in `pages` already; it costs at most one pass in vain
+        onward       what may be begun behind it, in pages that `pages` holds already; at most one pass is in vain
         A token is -1 where the logits are no distribution; all are if any logit is not finite.
         """
         if pages is not self._pages:
@@ -188,8 +188,8 @@ class Program:
         return taken, halted
 
     def times(self, timed: bool = True) -> dict[str, float]:
-        """Seconds spent in each phase since the last call of this, by passes that were asked for; from now on passes are
-        timed, or not."""
+        """Seconds spent in each phase since the last call of this, by passes that were asked for; from now on passes
+        are timed, or not."""
         seconds, names = native.ops().step_times(self._number, timed)
         return dict(zip(names.split(), seconds.tolist(), strict=True))
 
