@@ -1,8 +1,8 @@
 """Where one decode step spends its time: the native pass by phase, everything around it by who does it.
 
 Functions of this package's own runtime are wrapped while it is measured; a wrapped one counts what it spends itself,
-not what the wrapped ones inside it spend. A step lasts from the end of the one before to its own end, by the clock: what
-runs beside a pass that was begun ahead (`ops.step.Onward`) makes it no longer.
+not what the wrapped ones inside it spend. A step lasts from the end of the one before to its own end, by the clock:
+what runs beside a pass that was begun ahead (`ops.step.Onward`) makes it no longer.
 """
 
 import statistics
@@ -31,7 +31,8 @@ from .traffic import Traffic
 
 GREEDY = SamplingParams(temperature=0.0)
 ATTEMPTS = 8
-PRODUCTS = ("project", "out", "mlp", "head")  # phases of the native pass that multiply; `attend` reads the cache
+PRODUCTS = ("project", "out", "mlp", "head")  # phases of the native pass that multiply
+ATTENTION = "attend"  # the one that reads the cache
 NATIVE = "native call"  # what of it is no phase: arguments and checks
 WAITING = "waiting for the pass"  # in its place, where the pass was begun ahead
 BETWEEN = "between two steps"  # who asked for the reply
@@ -58,6 +59,7 @@ PARTS: tuple[tuple[type, str, str], ...] = (
 class Breakdown:
     """Seconds of one step, medians over `steps`: `phases` of the native pass, `around` it; and bytes a step reads.
 
+    rest   what a step takes by the clock on top of its products and its attention
     ahead  share of the steps whose pass was begun before they were: what is `around` ran beside it
     """
 
@@ -66,6 +68,7 @@ class Breakdown:
     whole: float
     phases: dict[str, float]
     around: dict[str, float]
+    rest: float
     read: float
     bandwidth: float
     ahead: float = 0.0
@@ -73,17 +76,12 @@ class Breakdown:
     @property
     def products(self) -> float:
         """Seconds of all matrix products."""
-        return sum(self.phases.get(name, 0.0) for name in PRODUCTS)
+        return _products(self.phases)
 
     @property
     def attention(self) -> float:
         """Seconds of reading the cache."""
-        return self.phases.get("attend", 0.0)
-
-    @property
-    def rest(self) -> float:
-        """Seconds by the clock that a step takes on top of these."""
-        return self.whole - self.products - self.attention
+        return self.phases.get(ATTENTION, 0.0)
 
     @property
     def python(self) -> float:
@@ -179,13 +177,13 @@ def watching(watch: Watch) -> Iterator[None]:
 def break_down(
     runtime: Runtime, prompt: list[int], tokens: int, *, traffic: Traffic, bandwidth: float, ahead: bool = True
 ) -> Breakdown:
-    """Up to `tokens` steps behind `prompt`; `ahead`: passes are begun ahead where they can be. ValueError if the model has
-    no native pass."""
+    """Up to `tokens` steps behind `prompt`; `ahead`: passes are begun ahead where they can be. ValueError if the model
+    has no native pass."""
     model = _model_of(runtime)
     step, before = model.step, model.runs_ahead
     if step is None:
         raise ValueError("no step ran in the native pass")
-    watch, kept = Watch(), _Kept()
+    watch, kept = Watch(), Kept()
     try:
         model.runs_ahead = ahead
         runtime.generate(prompt, max_tokens=4, sampling=GREEDY, speculate="off")
@@ -209,19 +207,21 @@ def break_down(
         whole=statistics.median(kept.walls),
         phases=_medians(kept.phases),
         around=_medians(kept.around),
+        rest=statistics.median(kept.rests),
         read=traffic.step(len(prompt) + 1, tokens),
         bandwidth=bandwidth,
         ahead=kept.ahead / len(kept.walls),
     )
 
 
-class _Kept:
-    """The steps of several replies, without the first, which takes the prompt in, and the last, which ends the request."""
+class Kept:
+    """Steps of several replies: not the first, which takes the prompt in, nor the last, which ends the request."""
 
     def __init__(self) -> None:
         self.walls: list[float] = []
         self.phases: list[dict[str, float]] = []
         self.around: list[dict[str, float]] = []
+        self.rests: list[float] = []
         self.ahead = 0
 
     def add(self, watch: Watch, taken: int) -> None:
@@ -229,7 +229,7 @@ class _Kept:
         steps = range(1, len(watch.steps) - 1)
         mostly = 2 * taken > len(steps)
         for index in steps:
-            around, phases, wall = watch.steps[index], watch.phases[index], watch.walls[index]
+            around, phases, wall = {**watch.steps[index]}, watch.phases[index], watch.walls[index]
             # Beside a pass nobody waits for the question where time went.
             wall -= 0.0 if mostly else watch.asides[index]
             between = wall - sum(around.values()) - (watch.asides[index] if mostly else 0.0)
@@ -238,6 +238,7 @@ class _Kept:
             self.around.append({**around, BETWEEN: between})
             self.phases.append(phases)
             self.walls.append(wall)
+            self.rests.append(wall - _products(phases) - phases.get(ATTENTION, 0.0))
         self.ahead += min(taken, len(steps))
 
 
@@ -246,6 +247,10 @@ def _model_of(runtime: Runtime) -> Transformer:
     if not isinstance(model, Transformer):
         raise ValueError("it has no native pass")
     return model
+
+
+def _products(phases: dict[str, float]) -> float:
+    return sum(phases.get(name, 0.0) for name in PRODUCTS)
 
 
 def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
