@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..cache.window import prompt_limit, turns_to_drop
+from ..generation.request import Left
 from ..generation.stream import Dropped, Event, Finished
+from ..tokenizer.past import NOTHING, past_of
 from .settings import ReplySettings
 
 if TYPE_CHECKING:
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """`ids` to go on behind; `turns` of the oldest, `tokens` in all, are not among them."""
+    """`ids` to go on behind; `turns` of the oldest, `tokens` in all, are not among them. `left`, `keep`: as in a
+    `Request`."""
 
     ids: tuple[int, ...]
     turns: int = 0
     tokens: int = 0
+    left: Left | None = None
+    keep: int = 0
 
     def told(self, events: Iterable[Event]) -> Iterator[Event]:
         """`events` of the reply, with what left told as the runtime tells it."""
@@ -37,9 +42,14 @@ class Continuation:
 
 
 def continuation(
-    runtime: "Runtime", messages: Sequence[dict[str, str]], known: Sequence[int], settings: ReplySettings
+    runtime: "Runtime",
+    messages: Sequence[dict[str, str]],
+    known: Sequence[int],
+    settings: ReplySettings,
+    past: bytes = NOTHING,
 ) -> Continuation:
-    """The prompt for going on behind `known`, the tokens of the reply to the last of `messages`.
+    """The prompt for going on behind `known`, the tokens of the reply to the last of `messages`, before which `past`
+    left.
 
     With overflow "drop" the oldest whole turns leave, as they do for a new message; the system prompt and the turn
     that is answered stay. Where that is not enough, and with other policies, the generator decides by tokens.
@@ -52,10 +62,16 @@ def continuation(
             rendered[turns] = tuple(runtime.render([*messages[: starts[0]], *messages[starts[turns] :]]).ids)
         return (*rendered[turns], *known)
 
+    if settings.overflow == "window":
+        return Continuation(without(0), keep=runtime.head(messages, without(0)))
     turns: int | None = 0
     if settings.overflow == "drop":
         limit = prompt_limit(runtime.info.context, settings.max_tokens)
         turns = turns_to_drop(lambda count: len(without(count)), len(starts) - 1, limit=limit)
     turns = len(starts) - 1 if turns is None else turns
     ids = without(turns)
-    return Continuation(ids, turns, len(without(0)) - len(ids))
+    left = Left(past=past) if past else None
+    if turns:
+        gone = messages[starts[0] : starts[turns]]
+        left = Left(past=past_of(gone, past), whole=without(0), before=past)
+    return Continuation(ids, turns, len(without(0)) - len(ids), left)

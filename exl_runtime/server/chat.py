@@ -23,10 +23,12 @@ from .stream import PATIENCE, EventStream, watched
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A chat request, ready to run: the prompt (token ids, or the messages), and how to read the replies."""
+    """A chat request, ready to run: the prompt (token ids, or the messages), how to read the replies, and how many
+    first tokens stay when old ones leave."""
 
     prompt: Any
     form: Form
+    keep: int = 0
 
 
 class Reply:
@@ -58,7 +60,9 @@ async def chat(request: Request) -> Any:
     ask = read_chat(await read_body(request, place.settings.max_body), place.settings)
     place.desk.admit(ask.n)
     plan = await asyncio.to_thread(make_plan, place.runtime, ask)
-    options = {} if plan.form.skip_special else {"skip_special": False}
+    options: dict[str, Any] = {} if plan.form.skip_special else {"skip_special": False}
+    if plan.keep:
+        options["keep"] = plan.keep
     batch = place.desk.start([ask.order(plan.prompt, sample) | options for sample in range(ask.n)])
     replies = [Reply(plan.form) for _ in range(ask.n)]
     if ask.stream:
@@ -83,6 +87,9 @@ def make_plan(runtime: Any, ask: ChatAsk) -> Plan:
         one_call=ask.forced or not ask.parallel_calls,
         constrained=ask.grammar is not None,
     )
+    if ask.overflow == "window":
+        extra = ask.template_values or None
+        return Plan(list(rendered.ids), form, runtime.head(messages, rendered.ids, tools=tools, extra=extra))
     if ask.overflow != "drop":
         return Plan(list(rendered.ids), form)
     if tools or ask.template_values:

@@ -8,6 +8,7 @@
 #include "../cpu/ahead.h"
 #include "../cpu/step.h"
 #include "shared.h"
+#include "step_lora.h"
 
 namespace exl {
 namespace {
@@ -32,7 +33,7 @@ struct StepPass {
   StepTimes times{};
 };
 
-// The passes behind one, computed while their owner looks at the tokens of it.
+// The passes behind one, computed while their owner looks at the tokens of it. No adapter takes part in them.
 class StepAhead final : public AheadWork {
  public:
   StepAhead(const StepModel& model, const int64_t& angle_rows, const int64_t& pages)
@@ -72,9 +73,10 @@ struct StepProgram {
   std::optional<Tensor> draw_pages;  // from step_pages
   StepPass pass;                     // under way
   int64_t next_layer = -1;           // of it; -1: there is none
+  StepLora lora;
   StepTimes times{};
   bool timed = false;
-  int64_t bytes = 0;  // of all matrices
+  int64_t bytes = 0;  // of the matrices that a token meets
   int64_t taken = 0, halted = 0;  // passes that ran ahead
   StepAhead behind{model, angle_rows, pages};
   AheadThread ahead{behind};  // destroyed first: nothing runs any more then

@@ -38,10 +38,11 @@ const int32_t* step_ints(const char* op, const char* name, const int64_t*& at, i
 }
 
 // A new pass: checks the numbers and the page table against what is bound.
-void step_begin(const char* op, const StepProgram& program, StepPass& pass, std::vector<int64_t> plan,
-                const Tensor& pages) {
+void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan, const Tensor& pages) {
   const StepModel& m = program.model;
+  StepPass& pass = program.pass;
   StepBatch b = program.batch;
+  program.lora.take();
   pass.plan = std::move(plan);
   const int64_t* at = pass.plan.data();
   const int64_t given = int64_t(pass.plan.size());
@@ -66,6 +67,7 @@ void step_begin(const char* op, const StepProgram& program, StepPass& pass, std:
   a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
   for (const StepLayer& layer : m.layers) a.window = layer.window > a.window ? layer.window : a.window;
   check_tables(op, a, b.rows, program.pages);
+  program.lora.spread(op, b);
   pass.table = pages;
   pass.batch = b;
   pass.x.resize(size_t(b.rows * m.hidden));
@@ -81,7 +83,7 @@ std::tuple<Tensor, bool> op_step_run(int64_t number, std::vector<int64_t> plan, 
   program->halt();
   if (first == 0) {
     program->next_layer = -1;  // until everything is known to be good
-    step_begin(op, *program, program->pass, std::move(plan), pages);
+    step_begin(op, *program, std::move(plan), pages);
     program->next_layer = 0;
   }
   EXL_CHECK(first == program->next_layer && first <= last && last <= layers, "exl::", op, ": layers ", first, " to ",
@@ -158,7 +160,7 @@ bool StepAhead::next() {
 
 bool StepAhead::follow(const StepPass& before) {
   const StepBatch& b = before.batch;
-  if (onward.draws.empty() || b.rows != b.sequences || b.rows != b.logits) return false;
+  if (onward.draws.empty() || b.rows != b.sequences || b.rows != b.logits || b.share_count > 0) return false;
   for (int64_t s = 0; s < b.sequences; ++s) {
     if (before.q_starts[size_t(s)] != s || b.logit_rows[s] != s) return false;
   }
@@ -229,7 +231,7 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   };
   program->next_layer = -1;
   if (program->ahead.pending()) {
-    if (behind.pass.plan == plan && behind.pass.how.draws == draws && behind.pass.how.banned == banned) {
+    if (program->lora.next.empty() && behind.pass.plan == plan && behind.pass.how.draws == draws && behind.pass.how.banned == banned) {
       go_on();
       program->ahead.take();
       ++program->taken;
@@ -239,7 +241,7 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
     program->halt();
   }
   StepPass& pass = program->pass;
-  step_begin(op, *program, pass, std::move(plan), *program->draw_pages);
+  step_begin(op, *program, std::move(plan), *program->draw_pages);
   pass.how = {std::move(draws), std::move(banned)};
   step_hows(op, pass.how, pass.batch.logits, m.head.outputs);
   pass.timed = program->timed;
