@@ -182,7 +182,7 @@ class Generator:
     def step(self) -> list[Event]:
         """One forward pass over everything that can run, and what came of it. Nothing to do: an empty list."""
         events: list[Event] = []
-        with self._own_turn(steps=True):
+        with self._own_turn(halt=False):
             try:
                 self._take_in(events)
                 self._engine.step(events)
@@ -324,20 +324,19 @@ class Generator:
                     unfinished -= isinstance(event, Finished)
                     yield event
                 if unfinished:
-                    with self._own_turn(steps=True):
+                    with self._own_turn(halt=False):
                         if not box:  # nobody else's step has brought news meanwhile
                             self.step()
         finally:
             self._abandon(ids)
 
     @contextmanager
-    def _own_turn(self, *, steps: bool = False) -> Iterator[None]:
-        """`steps`: it is for a step, before which nothing has to be halted."""
+    def _own_turn(self, *, halt: bool = True) -> Iterator[None]:
         try:
             with self._turn:
                 outermost, self._occupied = not self._occupied, True
                 try:
-                    if not steps:
+                    if halt:  # only the next step may find a pass under way
                         self._runner.halt()
                     yield
                 finally:
