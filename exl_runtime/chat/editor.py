@@ -25,8 +25,7 @@ from ..console.terminal import Terminal, state_dir, user_text
 from .commands import COMMANDS
 from .export import FORMATS
 from .presets import BUILT_IN
-from .settings import setting_names
-from .thinking import MODES
+from .settings import THOUGHTS, setting_names
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", "… "
@@ -89,7 +88,7 @@ class CommandCompleter(Completer):
                 if preset.startswith(rest.lower()):
                     yield Completion(preset, start_position=-len(rest))
         elif name == "think" and " " not in rest:
-            for mode in MODES:
+            for mode in THOUGHTS:
                 if mode.startswith(rest.lower()):
                     yield Completion(mode, start_position=-len(rest))
         elif name == "export" and " " not in rest:

@@ -11,6 +11,7 @@ from ..chat.status import DEMO_LINE, status_line
 from ..console.terminal import clean, user_text
 from ..errors import ExlError, UsageError
 from .options import (
+    GUIDANCE,
     add_constraints,
     add_loading,
     add_model,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ..generation.stream import Event
 
 MAX_TOKENS = 256
-GUIDANCE = 1.5
 HELP = "answer one prompt and end; for scripts"
 USAGE = "MODEL -p TEXT [options]"
 

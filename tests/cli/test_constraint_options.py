@@ -1,6 +1,8 @@
-"""The options of `exl run` about guesses and about what a reply looks like, on the demo model."""
+"""The options of `exl run` and `exl chat` about guesses and about what replies look like, on the demo model."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,27 @@ def test_led_away_from_another_prompt(capsys: pytest.CaptureFixture[str]) -> Non
         wanted += [runtime.generate(messages, **greedy, negative_prompt=other, guidance=by) for by in (3, 1.5)]
     assert replies == [result.text.strip() for result in wanted]
     assert replies[0] != replies[1]
+
+
+def test_every_reply_of_a_chat_looks_like_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+
+    def replies(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\nAnd of Italy?\n"))
+        assert exl("chat", "demo", "--threads", "1", "-t", "0", "-n", "24", *options) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert set(replies("--choice", "yes", "--choice", "no")) <= {"yes", "no"}
+    (tmp_path / "schema.json").write_text('{"enum": [5, 6]}')
+    assert set(replies("--json-schema", str(tmp_path / "schema.json"))) <= {"5", "6"}
+    plain = replies()
+    assert "Paris" in plain[0] and "Paris" not in replies("--ban", "Paris")[0]
+    away = ("--system", "You are brief.", "--negative-prompt", "You tell long stories.")
+    assert replies(*away) == replies(*away, "--guidance", "1.5")
+    assert replies(*away, "--guidance", "30") != replies(*away, "--guidance", "1") == replies(*away[:2])
 
 
 def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
