@@ -112,7 +112,8 @@ class Runtime:
                     the i-th as if asked for alone with seed + i
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
         banned_strings, prefix, heal, stop_ids, stop_loop, processors (functions of ids and logits), prompt_logprobs,
-        negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`).
+        negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`),
+        priority (higher goes first).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """

@@ -25,6 +25,7 @@ class Steer(TypedDict, total=False):
     negative_prompt: "Prompt"
     guidance: float
     lora: "Given"
+    priority: int
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
