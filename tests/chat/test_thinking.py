@@ -1,12 +1,11 @@
 """What a model thinks is shown, folded or hidden on the screen, and kept in the conversation; models to complete."""
 
 import json
-import types
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from fake_runtime import FakeRuntime, FakeTokenizer, Info
+from fake_runtime import FakeRuntime, Info
+from marked import MarkedRuntime
 from prompt_toolkit.document import Document
 from rich.console import Console
 from talking import Recorder, Typist
@@ -19,7 +18,6 @@ from exl_runtime.chat.screen import THEME
 from exl_runtime.chat.session import ChatSession
 from exl_runtime.chat.settings import ReplySettings
 from exl_runtime.chat.thinking import Voice
-from exl_runtime.generation.stream import Finished, Text
 from exl_runtime.tokenizer.reasoning import KNOWN
 
 THOUGHT = "Let me see, <b> what is it?"
@@ -129,44 +127,6 @@ def test_thoughts_are_exported_beside_the_answer(tmp_path, kind) -> None:
 def test_the_probability_of_a_reply_with_thoughts() -> None:
     _, screen = talk("a", "/ppl")
     assert f"over {status.count(len(REPLY))} tokens" in screen.said("notice"), "as they were generated"
-
-
-class Marked(FakeTokenizer):
-    """The marks are special tokens here, and so is the end."""
-
-    NAMES = types.MappingProxyType({0xE000: "<think>", 0xE001: "</think>", 0xE002: "<|end|>"})
-    special_ids = frozenset({0, *NAMES})
-
-    def decode(self, ids, *, skip_special=True):
-        return "".join(self.NAMES.get(i, chr(i)) for i in ids if not (skip_special and i in self.special_ids))
-
-    def piece(self, index):
-        return self.NAMES.get(index, chr(index))
-
-
-class MarkedRuntime(FakeRuntime):
-    """Leaves special tokens out of texts, unless it is told not to."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.tokenizer = Marked()
-        self.template = SimpleNamespace(sources={"default": "no mark is spelled out"})
-
-    def stream(self, prompt, *, skip_special=True, **options):
-        stream = super().stream(prompt, **options)
-        events, decode = stream._events, self.tokenizer.decode
-
-        def spelled():
-            for event in events:
-                if isinstance(event, Text):
-                    event = replace(event, text=decode(event.ids, skip_special=skip_special))
-                if isinstance(event, Finished):
-                    text = decode(event.result.ids, skip_special=skip_special)
-                    event = replace(event, result=replace(event.result, text=text))
-                yield event
-
-        stream._events = spelled()
-        return stream
 
 
 def test_marks_that_are_special_tokens() -> None:

@@ -125,3 +125,38 @@ def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str])
 def test_options_that_make_no_sense(options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exl(*ASK, *options) == 2
     assert words in capsys.readouterr().err
+
+
+def test_scores_of_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        exl("run", "demo", "--threads", "1", "--raw", "--json", "-p", "Once upon a time", "--prompt-logprobs", "2") == 0
+    )
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = done["prompt_logprobs"]
+    assert len(scores) == done["prompt_tokens"] and scores[0] is None
+    assert all(score["logprob"] < 0 and len(score["top"]) == 2 for score in scores[1:])
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_thoughts_of_a_single_reply(
+    special: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from fake_runtime import FakeRuntime
+    from marked import MarkedRuntime
+
+    from exl_runtime.cli import run
+
+    def replies(*options: str) -> str:
+        plain = FakeRuntime(["<think>\nHm.\n</think>\n\nYes."])
+        plain.template = SimpleNamespace(sources={"default": "<think>"})
+        runtime = MarkedRuntime(["\ue000\nHm.\n\ue001\n\nYes.\ue002"]) if special else plain
+        monkeypatch.setattr(run, "open_runtime", lambda args: runtime)
+        assert exl("run", "m", "-p", "q", *options) == 0
+        return capsys.readouterr().out
+
+    assert replies("--thoughts", "hide") == "Yes.\n"
+    assert replies() == "<think>\nHm.\n</think>\n\nYes.\n"
+    done = json.loads(replies("--json").splitlines()[-1])
+    assert (done["thoughts"], done["answer"]) == ("Hm.", "Yes.") and done["text"].startswith("<think>")
