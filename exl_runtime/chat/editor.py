@@ -14,6 +14,8 @@ from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.typeahead import store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
@@ -144,8 +146,9 @@ class PromptEditor:
 
 def _bindings() -> KeyBindings:
     keys = KeyBindings()
+    writing = has_focus(DEFAULT_BUFFER)  # not while searching with Ctrl-R, where Enter takes what was found
 
-    @keys.add("enter")
+    @keys.add("enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         buffer: Buffer = event.current_buffer
         if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
@@ -155,7 +158,7 @@ def _bindings() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline()
 

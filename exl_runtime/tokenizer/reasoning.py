@@ -126,10 +126,13 @@ class Eraser:
 
     def __init__(self, words: Iterable[str]) -> None:
         self._words = tuple(word for word in words if word)
+        self._first = frozenset(word[0] for word in self._words)
         self._held = ""
 
     def push(self, text: str) -> str:
         """The text that is certain now."""
+        if not self._held and self._first.isdisjoint(text):
+            return text  # there may be a thousand words, and they rarely come
         text = self._held + text
         for word in self._words:
             text = text.replace(word, "")

@@ -18,6 +18,8 @@ from exl_runtime.chat.screen import THEME
 from exl_runtime.chat.session import ChatSession
 from exl_runtime.chat.settings import ReplySettings
 from exl_runtime.chat.thinking import Voice
+from exl_runtime.chat.tree import Node
+from exl_runtime.chat.turn import Turn
 from exl_runtime.tokenizer.reasoning import KNOWN
 
 THOUGHT = "Let me see, <b> what is it?"
@@ -72,6 +74,13 @@ def test_a_reply_that_goes_on_amid_thoughts_goes_on_thinking() -> None:
 def test_a_reply_written_by_hand_is_an_answer() -> None:
     session, screen = talk("a", "/edit reply Five.", "/continue", replies=("x</think>Four.", " Yes."), opens=True)
     assert screen.text.split() == ["Four.", "Yes."] and session.messages[-1]["content"] == "Five. Yes."
+
+
+def test_a_reply_of_a_program_that_was_killed_amid_thoughts() -> None:
+    voice, half = Voice(KNOWN[0], inside=True), Turn("assistant", "half a thou")
+    assert voice.reading(Node(2, 1, half, (5, 6))).thinking, "it has tokens and no end: it goes on where it was"
+    assert not voice.reading(Node(2, 1, half)).thinking, "written by hand"
+    assert not Voice(KNOWN[0]).reading(Node(2, 1, half, (5, 6))).thinking, "this model opens its thoughts itself"
 
 
 def test_models_without_thoughts_are_shown_as_they_are() -> None:

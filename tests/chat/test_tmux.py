@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,58 @@ def test_the_editor_of_the_user(repo: Path, tmp_path: Path) -> None:
         terminal.wait("Ctrl-D quits")
         rows = terminal.say("/editor written", "gen 20")
         assert rows[0] == "written by hand" and rows[1] == "The first reply."
+
+
+def test_the_input_line(repo: Path, tmp_path: Path) -> None:
+    with Tmux(repo, tmp_path, chat_command(["Yes."])) as terminal:
+        terminal.wait("Ctrl-D quits")
+        terminal.say("a first message", "gen 4")
+        terminal.say("second one", "gen 4")
+        terminal.keys("C-l")
+        terminal.wait("")
+        terminal.keys("C-r")  # searches what was typed before
+        terminal.type("first")
+        terminal.wait("> a first message", prompt=False)
+        terminal.keys("Enter")  # takes what was found
+        time.sleep(0.3)
+        terminal.keys("Enter")
+        terminal.wait("gen 4")
+        assert [row.split()[-1] for row in terminal.say("/turns", "2    user")][4] == "message"
+        terminal.keys("C-l")
+        terminal.type("/tem")
+        terminal.wait("the exact prompt", prompt=False)  # what the command does, in the menu
+        terminal.keys("Tab")
+        terminal.wait("> /template", prompt=False)
+        terminal.keys("Enter")
+        time.sleep(0.3)
+        terminal.keys("Enter")
+        terminal.wait("tokens:")
+        terminal.keys("C-l")
+        terminal.type("/set min")
+        rows = terminal.wait("min_tokens", prompt=False)
+        assert any("min_p" in row for row in rows)
+        terminal.keys("C-c")
+        terminal.run("set-buffer", "pasted\nin two lines")
+        terminal.wait("> ")
+        terminal.run("paste-buffer", "-p")  # bracketed: its line end sends nothing
+        terminal.wait("in two lines", prompt=False)
+        terminal.type(" and a third")
+        terminal.keys("M-Enter")
+        terminal.type("done")
+        terminal.keys("Enter")
+        terminal.wait("gen 4")
+        terminal.type('"""')
+        terminal.keys("Enter")
+        terminal.type("between quotes")
+        terminal.keys("Enter")
+        terminal.type('"""')
+        terminal.keys("Enter")
+        terminal.wait("gen 4")
+        rows = terminal.say("/turns", "4    user")
+        assert [row.split("    ")[-1].strip() for row in rows[-4::2]] == [
+            "pasted in two lines and a third done",
+            "between quotes",
+        ]
 
 
 def test_the_demo_its_memory_and_another_model(repo: Path, tmp_path: Path) -> None:
