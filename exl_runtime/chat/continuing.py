@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..cache.window import prompt_limit, turns_to_drop
-from ..generation.request import Result
+from ..generation.request import Left, Result
 from ..generation.stream import Dropped, Event, Finished
+from ..tokenizer.past import NOTHING, past_of
 from .settings import ReplySettings
 from .thinking import Voice
 from .tree import Node
@@ -24,11 +25,14 @@ HALF = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """`ids` to go on behind; `turns` of the oldest, `tokens` in all, are not among them."""
+    """`ids` to go on behind; `turns` of the oldest, `tokens` in all, are not among them. `left`, `keep`: as in a
+    `Request`."""
 
     ids: tuple[int, ...]
     turns: int = 0
     tokens: int = 0
+    left: Left | None = None
+    keep: int = 0
 
     def told(self, events: Iterable[Event]) -> Iterator[Event]:
         """`events` of the reply, with what left told as the runtime tells it."""
@@ -44,21 +48,32 @@ class Continuation:
 
 
 def continuation(
-    runtime: "Runtime", messages: Sequence[dict[str, str]], known: Sequence[int], settings: ReplySettings
+    runtime: "Runtime",
+    messages: Sequence[dict[str, str]],
+    known: Sequence[int],
+    settings: ReplySettings,
+    past: bytes = NOTHING,
 ) -> Continuation:
-    """The prompt for going on behind `known`, the tokens of the reply to the last of `messages`.
+    """The prompt for going on behind `known`, the tokens of the reply to the last of `messages`, before which `past`
+    left.
 
     With overflow "drop" the oldest whole turns leave, as they do for a new message; the system prompt and the turn
     that is answered stay. Where that is not enough, and with other policies, the generator decides by tokens.
     """
     without, most = _shortened(runtime, messages, known)
+    if settings.overflow == "window":
+        return Continuation(without(0), keep=runtime.head(messages, without(0)))
     turns: int | None = 0
     if settings.overflow == "drop":
         limit = prompt_limit(runtime.info.context, settings.max_tokens)
         turns = turns_to_drop(lambda count: len(without(count)), most, limit=limit)
     turns = most if turns is None else turns
     ids = without(turns)
-    return Continuation(ids, turns, len(without(0)) - len(ids))
+    left = Left(past=past) if past else None
+    if turns:
+        starts = _starts(messages)
+        left = Left(past=past_of(messages[starts[0] : starts[turns]], past), whole=without(0), before=past)
+    return Continuation(ids, turns, len(without(0)) - len(ids), left)
 
 
 def led_away(
@@ -85,7 +100,7 @@ def _shortened(
     runtime: "Runtime", messages: Sequence[dict[str, str]], known: Sequence[int]
 ) -> tuple[Callable[[int], tuple[int, ...]], int]:
     """The prompt as a function of how many of the oldest turns are left out of it; and the most that may be."""
-    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    starts = _starts(messages)
     rendered: dict[int, tuple[int, ...]] = {}
 
     def without(turns: int) -> tuple[int, ...]:
@@ -94,6 +109,11 @@ def _shortened(
         return (*rendered[turns], *known)
 
     return without, len(starts) - 1
+
+
+def _starts(messages: Sequence[dict[str, str]]) -> list[int]:
+    """Where the turns begin."""
+    return [place for place, message in enumerate(messages) if message["role"] == "user"]
 
 
 def reply_ids(node: Node, voice: Voice, tokenizer: "Tokenizer") -> tuple[int, ...]:

@@ -10,12 +10,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..console.terminal import clean_line
 from ..errors import SessionError, UsageError
-from ..generation.request import Result
+from ..generation.request import Left, Result
 from ..generation.stream import Dropped, Event, Finished, Text
+from ..tokenizer.past import Past
 from . import history
 from .branching import Branching, checked
 from .collected import Collected
@@ -80,6 +81,7 @@ class ChatSession(Branching):
         self.kv = KVBeside(lambda: (self.runtime, self.seen_messages))
         self._stream: Stream | None = None  # of the reply that is being made
         self._stop_asked = False
+        self._past = Past()
 
     # --- what there is ----------------------------------------------------------------------------------------
 
@@ -296,13 +298,18 @@ class ChatSession(Branching):
         reading = voice.reading(plan.continued)
         try:
             seen = self._messages(turns[self._left :])
-            whole = None if plan.continued is None else continuation(self.runtime, seen, known, self.settings)
+            past, whole = self._past.of(turns[: self._left], self._message), None
+            more: dict[str, Any] = {"left": Left(past=past)} if past else {}
+            if plan.continued is not None:
+                whole = continuation(self.runtime, seen, known, self.settings, past)
+                more = {"left": whole.left, "keep": whole.keep}
             self._stream = self.runtime.stream(
                 seen if whole is None else list(whole.ids),
                 max_tokens=self.settings.max_tokens,
                 sampling=self.settings.sampling,
                 stop=self.settings.stop,
                 overflow=self.settings.overflow,
+                **more,
                 **self.settings.steering,
                 **led_away(self.runtime, seen, known, self.settings),
                 **voice.options,

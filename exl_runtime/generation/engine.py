@@ -203,15 +203,16 @@ class Engine:
 
     def _copied(self, sequence: Sequence, events: list[Event]) -> bool:
         """Carry out the copy a sequence waits for. False when that failed, and with it the request."""
-        if (copy := sequence.copy) is None:
+        if not sequence.copies:
             return True
-        try:
-            self._kv.copy_page(copy.source, copy.target, copy.tokens)
-        except Exception as err:
-            self._fail(sequence, err, events)
-            return False
-        if self._speculator.drafter is not None:
-            self._speculator.drafter.copy(copy)
+        for copy in sequence.copies:
+            try:
+                self._kv.copy_page(copy.source, copy.target, copy.tokens, copy.pool)
+            except Exception as err:
+                self._fail(sequence, err, events)
+                return False
+            if self._speculator.drafter is not None:
+                self._speculator.drafter.copy(copy)
         self.scheduler.settle(sequence)
         return True
 
@@ -310,7 +311,7 @@ class Engine:
         if self._decoder is not None:
             self._decoder.forget(sequence)
         # What a failed request computed is in doubt: nobody shall find it.
-        if state is RequestState.FINISHED and sequence.copy is None:
+        if state is RequestState.FINISHED and not sequence.copies:
             self._speculator.leave(sequence)
         self.scheduler.remove(sequence, state, forget=state is RequestState.FAILED)
         self.totals.drafted_tokens += sequence.drafted_tokens

@@ -1,7 +1,7 @@
 """The native pass of a model: one call for all layers where its parts are ones that ext/cpu/step.h knows.
 
 It gives the bits of the blocks called one after another, without an interpreter and without torch between them.
-Mixtures of experts, half precision on the CPU and kernels from elsewhere are not for it.
+Half precision on the CPU and kernels from elsewhere are not for it.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from .block import Block
 from .embedding import Embedding
 from .linear import Linear
 from .mlp import Mlp
+from .moe import Moe
 
 WHOLE = 64  # tokens of a pass that runs in one call; a longer one comes back to the interpreter after every layer
 
@@ -100,12 +101,11 @@ def native_step(
 
 def _layer(block: Block, ropes: Sequence[RopeSpec]) -> native.Layer | None:
     attention, mlp, norms = block.attention, block.mlp, block.norms
-    if type(mlp) is not Mlp:
-        return None
-    linears = (attention.query, attention.key, attention.value, attention.out, mlp.gate, mlp.up, mlp.down)
+    linears = (attention.query, attention.key, attention.value, attention.out, *mlp.linears)
     matrices = tuple(matrix for linear in linears if (matrix := _matrix(linear)) is not None)
-    if len(matrices) < len(linears):
+    if type(mlp) not in (Mlp, Moe) or len(matrices) < len(linears):
         return None
+    mixture = mlp.spec if isinstance(mlp, Moe) else None
     heads = attention.norms
     return native.Layer(
         matrices=matrices,
@@ -117,9 +117,11 @@ def _layer(block: Block, ropes: Sequence[RopeSpec]) -> native.Layer | None:
             None if heads is None else heads.query,
             None if heads is None else heads.key,
         ),
-        activation=mlp.activation,
+        activation=mlp.activation if mixture is None else mixture.activation,
         window=attention.window,
         rope=ropes.index(block.layer.rope),
+        visits=0 if mixture is None else mixture.experts_per_token,
+        normalize=mixture is not None and mixture.normalize_top,
     )
 
 

@@ -19,7 +19,7 @@ from ..ops.native import torch_alone
 from ..ops.step import all_finite
 from ..ops.table import OpSet
 from .angles import Angles
-from .batch import ForwardBatch, Plan
+from .batch import ForwardBatch, Plan, by_layer
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
@@ -67,7 +67,7 @@ class Transformer:
         Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
         is not finite.
         """
-        if self.step is not None:
+        if self._step_for(kv) is not None:
             return self.forward_plan(Plan.of(batch), kv)
         logits = self._run(batch, kv, check=False)
         if not all_finite(logits):
@@ -76,7 +76,7 @@ class Transformer:
 
     def forward_plan(self, plan: Plan, kv: KVStorage) -> Tensor:
         """`forward` without a detour over tensors, for what runs natively."""
-        step = self.step
+        step = self._step_for(kv)
         if step is None:
             return self.forward(plan.on(self.device), kv)
         logits, finite = step.run(plan, kv, *self._angles.rows(plan))
@@ -96,10 +96,13 @@ class Transformer:
         """`forward_plan` and a token drawn behind each of its rows, natively, without logits that anybody sees.
 
         draws, banned: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its logits are
-        not finite; `forward_plan` then says what is wrong. At most `step.WHOLE` tokens.
+        not finite; `forward_plan` then says what is wrong. None, too, for pages it cannot read. At most `step.WHOLE`
+        tokens.
         """
-        assert self.step is not None
-        tokens = self.step.draw(plan, kv, *self._angles.rows(plan), draws, banned)
+        step = self._step_for(kv)
+        if step is None:
+            return None
+        tokens = step.draw(plan, kv, *self._angles.rows(plan), draws, banned)
         return None if -1 in tokens else tokens
 
     def _refuse(self, batch: ForwardBatch, kv: KVStorage) -> NoReturn:
@@ -116,14 +119,18 @@ class Transformer:
             self._step_is_known = True
         return self._step
 
+    def _step_for(self, kv: KVStorage) -> NativeStep | None:
+        """The native pass, which knows one group of layers."""
+        return self.step if len(kv.counts) == 1 else None
+
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
         self._step, self._step_is_known = None, False
 
-    def with_parts(self, blocks: list[Block], head: Linear) -> Self:
-        """The same model with other blocks and another head; all else is shared."""
+    def with_parts(self, blocks: list[Block], head: Linear, embedding: Embedding) -> Self:
+        """The same model with other blocks, another head and embedding; all else is shared."""
         other = copy(self)
-        other.blocks, other.head = blocks, head
+        other.blocks, other.head, other.embedding = blocks, head, embedding
         other.forget_step()
         return other
 
@@ -146,8 +153,9 @@ class Transformer:
         if check:
             require_finite(x, "the token embedding")
         ropes = self._angles.of_all(batch)
+        seen = by_layer(batch, kv.geometry)
         for block in self.blocks:
-            x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
+            x = block(x, seen[block.layer.index], ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:
                 require_finite(x, f"layer {block.layer.index}")
         if batch.logit_rows.numel() != x.shape[0]:

@@ -37,14 +37,36 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One layer. matrices: query, key, value, out, gate, up, down. norms: input, pre_mlp, post_attention, post_mlp,
-    query, key, float32; None where the model has none. rope: which of the angles of a pass are this layer's."""
+    """One layer.
+
+    matrices   query, key, value, out, gate, up, down; of a mixture of experts query, key, value, out, router, then
+               gate, up, down of every expert
+    norms      input, pre_mlp, post_attention, post_mlp, query, key, float32; None where the model has none
+    rope       which of the angles of a pass are this layer's
+    visits     experts for a token, 0: no mixture; normalize: see `ops.moe.route`
+    """
 
     matrices: tuple[Matrix, ...]
     norms: tuple[Tensor | None, ...]
     activation: str
     window: int | None
     rope: int
+    visits: int = 0
+    normalize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """What an adapter adds to one matrix: ((x @ down^T) * (weight * scale)) @ up^T. See ext/cpu/step_lora.h.
+
+    place     7 * layer + number of the matrix in `Layer.matrices`, of attention or an MLP; 7 * layers: the head
+    down, up  (rank, in_features), (out_features, rank), any float dtype
+    """
+
+    place: int
+    down: Tensor
+    up: Tensor
+    scale: float
 
 
 class Program:
@@ -100,6 +122,8 @@ class Program:
                 layer.activation,
                 layer.window or 0,
                 layer.rope,
+                layer.visits,
+                layer.normalize,
             )
         self.layers = len(layers)
         self._run, self._draw = ops.step_run, ops.step_draw
@@ -139,6 +163,23 @@ class Program:
             native.ops().step_pages(self._number, pages)
             self._pages = pages
         return self._draw(self._number, plan, draws, banned)  # type: ignore[no-any-return]
+
+    def adapter(self, changes: Sequence[AdapterChange], owner: object) -> int:
+        """A number for `share`, of an adapter that adds `changes`; forgotten with `owner`. Shapes are checked."""
+        ops = native.ops()
+        number: int = ops.step_adapter(
+            self._number,
+            [change.place for change in changes],
+            [change.down for change in changes],
+            [change.up for change in changes],
+            [change.scale for change in changes],
+        )
+        weakref.finalize(owner, ops.step_drop, self._number, number).atexit = False
+        return number
+
+    def share(self, adapters: Sequence[int], weights: Sequence[float]) -> None:
+        """The next pass, and no other, has these adapters, added in this order; weights: (adapters, sequences)."""
+        native.ops().step_share(self._number, adapters, weights)
 
     def times(self, timed: bool = True) -> dict[str, float]:
         """Seconds spent in each phase since the last call of this; from now on passes are timed, or not."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..cache.geometry import CacheGeometry
 from ..cache.storage import KVStorage
 from ..cache.types import FP16, FP32
 from ..checkpoint.packed import NOT_KEPT, PackedCache
@@ -13,7 +14,7 @@ from ..config.read import load_config
 from ..config.resolve import resolve
 from ..errors import UsageError
 from ..model.loader import load_transformer
-from ..model.placement import geometry_of
+from ..model.placement import geometry_beside
 from ..model.transformer import Transformer
 from ..tokenizer.same import first_difference
 from ..tokenizer.tokenizer import Tokenizer
@@ -23,15 +24,15 @@ def open_draft(
     folder: Path,
     *,
     tokenizer: Tokenizer,
-    pages: int,
+    beside: KVStorage,
     device: torch.device,
     backend: str,
     dtype: torch.dtype | None,
     packed: PackedCache | None = None,
     progress: Callable[[int, int], None],
 ) -> tuple[Transformer, KVStorage]:
-    """The model in `folder` and `pages` pages for it. Raises UsageError when it has other tokens, and what loading
-    raises."""
+    """The model in `folder` and as many pages for it as there are `beside` it. Raises UsageError when it has other
+    tokens, and what loading raises."""
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     require_same_tokens(tokenizer, Tokenizer.open(folder), folder)
@@ -48,8 +49,16 @@ def open_draft(
             progress=progress,
         )
         kept.keep()
+    geometry = draft_geometry(folder, beside.geometry, device)
+    assert geometry is not None, "pages that the draft model cannot share"
+    return model, KVStorage(geometry, beside.counts, device)
+
+
+def draft_geometry(folder: Path, geometry: CacheGeometry, device: torch.device) -> CacheGeometry | None:
+    """The shape of the draft model's keys and values; None where it cannot share pages of that `geometry`."""
+    files = load_config(folder)
     cache = FP32 if device.type == "cpu" else FP16
-    return model, KVStorage(geometry_of(spec, cache), pages, device)
+    return geometry_beside(geometry, resolve(files.config, files.generation), cache)
 
 
 def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, folder: Path) -> None:

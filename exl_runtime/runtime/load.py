@@ -22,6 +22,7 @@ from ..model.placement import (
     auto_context,
     cache_pages,
     geometry_of,
+    require_room,
     resolve_cache,
     resolve_device,
     resolve_dtype,
@@ -34,7 +35,7 @@ from ..ops.attention.choose import describe, refusal
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
-from .draft import open_draft
+from .draft import draft_geometry, open_draft
 from .info import RuntimeInfo
 from .packed import packed_cache as open_packed_cache
 from .runtime import Runtime
@@ -169,6 +170,8 @@ def load(
         return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens, host_cache=beside)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
+        stored = stored_weights(checkpoint, spec)
+        require_room(spec, context=wanted, weight_bytes=stored.nbytes, cache=kv_type, device=where)
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
         transformer = load_transformer(
             checkpoint,
@@ -182,9 +185,11 @@ def load(
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
         packed.keep()
-        stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
-    kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)
+    geometry = geometry_of(spec, kv_type, length)
+    if draft_folder is not None and draft_geometry(draft_folder, geometry, where) is None:
+        geometry = geometry_of(spec, kv_type)  # what one of the models still sees has to stay for both
+    kv = KVStorage(geometry, cache_pages(geometry, length, device=where), where)
     if kernels == "cuda":
         pages = kv.layer(0)[0]
         for line in attention_lines(spec, pages, where):
@@ -197,7 +202,7 @@ def load(
         drafting = open_draft(
             draft_folder,
             tokenizer=tokenizer,
-            pages=kv.pages,
+            beside=kv,
             device=where,
             backend=kernels,
             dtype=resolve_dtype(dtype),

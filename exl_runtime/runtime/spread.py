@@ -67,8 +67,10 @@ def open_spread(
     )
     length = context_for(spec, stages, cache=cache) if context is None else context
     # Spare pages would have to fit everywhere: what the tightest device has room for.
-    pages = min(cache_pages(spec, length, cache=cache, device=stage.device) for stage in stages)
-    return Spread(model, SplitCache(geometry_of(spec, cache), pages, stages), length, stages)
+    geometry = geometry_of(spec, cache, length)
+    each = (cache_pages(geometry, length, device=stage.device) for stage in stages)
+    pages = tuple(min(counts) for counts in zip(*each, strict=True))
+    return Spread(model, SplitCache(geometry, pages, stages), length, stages)
 
 
 def check_split(split: str | None, device: str, backend: str) -> None:

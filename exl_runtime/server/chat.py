@@ -88,6 +88,8 @@ def make_plan(runtime: Any, ask: ChatAsk) -> Plan:
         negative = _rendered(runtime, ask, *_for_template(runtime, other, ask.tools))[1]
         if negative != ids:
             options |= led_away(ask, negative, len(ids), runtime.info.context)
+    if ask.overflow == "window":  # what stands before the first turn stays
+        options["keep"] = runtime.head(messages, ids, tools=tools, extra=ask.template_values or None)
     if ask.overflow != "drop":
         return Plan(ids, options, form)
     if tools or ask.template_values or ask.continues or not ask.generates:

@@ -16,6 +16,8 @@
 #include "../cpu/sample.h"
 #include "checks.h"
 #include "shared.h"
+#include "step_lora.h"
+#include "step_parts.h"
 
 namespace exl {
 namespace {
@@ -32,6 +34,7 @@ struct StepProgram {
   std::vector<int32_t> q_starts, kv_lengths;
   std::optional<Tensor> table, draw_pages;
   StepBatch batch{};
+  StepLora lora;
   std::vector<float> x, logits;
   int64_t next_layer = -1;  // -1: none
   StepTimes times{};
@@ -46,35 +49,6 @@ std::shared_ptr<StepProgram> step_program(const char* op, int64_t program) {
   const auto found = step_programs.find(program);
   EXL_CHECK(found != step_programs.end(), "exl::", op, ": there is no program ", program);
   return found->second;
-}
-
-// float32 (size,), or null where an empty tensor says that there is none.
-const float* step_vector(const char* op, const char* name, const Tensor& t, int64_t size, bool optional) {
-  if (optional && t.numel() == 0) return nullptr;
-  check_cpu(op, name, t, ScalarType::Float);
-  check_shape(op, name, t, {size});
-  return t.const_data_ptr<float>();
-}
-
-StepMatrix step_matrix(const char* op, const Tensor& weight, const Tensor& bias, int64_t residual_rows) {
-  StepMatrix w{};
-  if (weight.scalar_type() == ScalarType::Byte) {
-    w.packed = check_packed(op, weight);
-    w.residual_rows = residual_rows;
-    w.inputs = w.packed.header->inputs, w.outputs = w.packed.header->outputs;
-  } else {
-    const Dtype dtype = check_cpu_float(op, "weight", weight);
-    check_shape(op, "weight", weight, {-1, -1});
-    w.inputs = weight.size(1), w.outputs = weight.size(0);
-    w.dense = {weight.data_ptr(), dtype, w.inputs, w.outputs};
-  }
-  w.bias = step_vector(op, "bias", bias, w.outputs, true);
-  return w;
-}
-
-void step_fits(const char* op, const char* name, const StepMatrix& w, int64_t inputs, int64_t outputs) {
-  EXL_CHECK(w.inputs == inputs && w.outputs == outputs, "exl::", op, ": ", name, " must be ", inputs, " x ", outputs,
-            ", got ", w.inputs, " x ", w.outputs);
 }
 
 int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& final_norm, const Tensor& head,
@@ -107,28 +81,36 @@ int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& f
   return last;
 }
 
-// matrices, biases and residuals: query, key, value, out, gate, up, down. norms: input, pre_mlp, post_attention,
-// post_mlp, query, key. An empty tensor stands for none; window 0 for all keys.
+// matrices, biases and residuals: query, key, value, out, gate, up, down; with `visits` > 0 a mixture of experts:
+// query, key, value, out, router, then gate, up, down of every expert. norms: input, pre_mlp, post_attention, post_mlp,
+// query, key. An empty tensor stands for none; window 0 for all keys.
 void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Tensor> biases,
                    std::vector<int64_t> residuals, std::vector<Tensor> norms, const std::string& activation,
-                   int64_t window, int64_t rope) {
+                   int64_t window, int64_t rope, int64_t visits, bool normalize) {
   const char* op = "step_layer";
   const auto program = step_program(op, number);
   StepModel& m = program->model;
-  EXL_CHECK(matrices.size() == 7 && biases.size() == 7 && residuals.size() == 7 && norms.size() == 6, "exl::", op,
-            ": wanted 7 matrices, biases and residuals and 6 norms, got ", matrices.size(), ", ", biases.size(), ", ",
-            residuals.size(), " and ", norms.size());
+  EXL_CHECK(biases.size() == matrices.size() && residuals.size() == matrices.size() && norms.size() == 6, "exl::", op,
+            ": wanted a bias and a residual for each of ", matrices.size(), " matrices and 6 norms, got ",
+            biases.size(), ", ", residuals.size(), " and ", norms.size());
+  EXL_CHECK(visits > 0 ? matrices.size() > 5 && matrices.size() % 3 == 2 : matrices.size() == 7, "exl::", op, ": ",
+            matrices.size(), " matrices are no layer whose tokens visit ", visits, " experts");
+  std::vector<StepMatrix> all;
+  for (size_t i = 0; i < matrices.size(); ++i) all.push_back(step_matrix(op, matrices[i], biases[i], residuals[i]));
   StepLayer l{};
-  StepMatrix* const slots[] = {&l.query, &l.key, &l.value, &l.out, &l.gate, &l.up, &l.down};
-  for (size_t i = 0; i < 7; ++i) *slots[i] = step_matrix(op, matrices[i], biases[i], residuals[i]);
-  const int64_t wide = m.heads * m.head_dim, narrow = m.kv_heads * m.head_dim, inner = l.gate.outputs;
+  for (size_t i = 0; i < (visits > 0 ? 4u : 7u); ++i) all[i].place = 7 * int64_t(m.layers.size()) + int64_t(i);
+  l.query = all[0], l.key = all[1], l.value = all[2], l.out = all[3];
+  const int64_t wide = m.heads * m.head_dim, narrow = m.kv_heads * m.head_dim;
   step_fits(op, "query", l.query, m.hidden, wide);
   step_fits(op, "key", l.key, m.hidden, narrow);
   step_fits(op, "value", l.value, m.hidden, narrow);
   step_fits(op, "out", l.out, wide, m.hidden);
-  step_fits(op, "gate", l.gate, m.hidden, inner);
-  step_fits(op, "up", l.up, m.hidden, inner);
-  step_fits(op, "down", l.down, inner, m.hidden);
+  if (visits > 0) {
+    l.moe = step_experts(op, all, m.hidden, visits, normalize);
+  } else {
+    l.gate = all[4], l.up = all[5], l.down = all[6];
+    step_mlp_fits(op, l.gate, l.up, l.down, m.hidden, l.gate.outputs);
+  }
   l.input_norm = step_vector(op, "the input norm", norms[0], m.hidden, false);
   l.pre_mlp_norm = step_vector(op, "the pre-MLP norm", norms[1], m.hidden, false);
   l.post_attention_norm = step_vector(op, "the post-attention norm", norms[2], m.hidden, true);
@@ -144,6 +126,7 @@ void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Ten
     program->kept.insert(program->kept.end(), list->begin(), list->end());
   }
   m.layers.push_back(l);
+  m.head.place = 7 * int64_t(m.layers.size());
 }
 
 void op_step_free(int64_t number) {
@@ -240,6 +223,7 @@ void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan,
   const StepModel& m = program.model;
   StepBatch b = program.batch;
   program.next_layer = -1;  // until everything is known to be good
+  program.lora.take();
   program.plan = std::move(plan);
   const int64_t* at = program.plan.data();
   const int64_t given = int64_t(program.plan.size());
@@ -264,6 +248,7 @@ void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan,
   a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
   for (const StepLayer& layer : m.layers) a.window = layer.window > a.window ? layer.window : a.window;
   check_tables(op, a, b.rows, program.pages);
+  program.lora.spread(op, b);
   program.table = pages;
   program.batch = b;
   program.x.resize(size_t(b.rows * m.hidden));
@@ -359,7 +344,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
       "float attention_softcap, float logit_scale) -> int");
   m.def(
       "step_layer(int program, Tensor[] matrices, Tensor[] biases, int[] residuals, Tensor[] norms, str activation, "
-      "int window, int rope) -> ()");
+      "int window, int rope, int visits, bool normalize) -> ()");
   m.def("step_free(int program) -> ()");
   m.def("step_bind(int program, Tensor(a!) keys, Tensor(b!) values, Tensor[] angles) -> ()");
   m.def("step_run(int program, int[] plan, Tensor pages, int first, int last) -> (Tensor, bool)");
