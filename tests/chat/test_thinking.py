@@ -20,8 +20,10 @@ from exl_runtime.chat.settings import ReplySettings
 from exl_runtime.chat.thinking import Voice
 from exl_runtime.chat.tree import Node
 from exl_runtime.chat.turn import Turn
+from exl_runtime.tokenizer.past import past_of
 from exl_runtime.tokenizer.reasoning import KNOWN
 
+ANSWERED = {"role": "assistant", "content": "Yes, I do.", "reasoning_content": "Hm."}
 THOUGHT = "Let me see, <b> what is it?"
 REPLY = "<think>\nLet me see, <b> what is it?\n</think>\n\nIt is <b>four</b>."
 ANSWER = "It is <b>four</b>.\n"
@@ -105,6 +107,18 @@ def test_thoughts_are_kept_out_of_the_next_prompt_as_the_template_wants() -> Non
     assert session.messages[-1] == {"role": "assistant", "content": "Five."}
     assert session.turns[1].meta.thought_tokens == len(REPLY) - len(ANSWER.strip())
     assert session.turns[3].meta.thought_tokens == 0
+
+
+def test_turns_that_left_are_those_that_were_sent() -> None:
+    """By their digest the runtime finds what is cached of the rest: it has to be made of the messages it was given."""
+    runtime = FakeRuntime(["<think>Hm.</think>Yes, I do."], info=Info(context=200))
+    runtime.template = SimpleNamespace(sources={"default": "<think>"})
+    session = ChatSession(runtime)
+    for number in range(8):
+        left = [session._message(turn) for turn in session.forgotten]
+        session.send(f"fact number {number}")
+    assert left[:2] == [{"role": "user", "content": "fact number 0"}, ANSWERED] and len(left) >= 4
+    assert runtime.seen[-1][1]["left"].past == past_of(left)
 
 
 def test_think_shows_the_last_and_set_says_what_is_shown(tmp_path) -> None:
