@@ -182,7 +182,7 @@ class Generator:
     def step(self) -> list[Event]:
         """One forward pass over everything that can run, and what came of it. Nothing to do: an empty list."""
         events: list[Event] = []
-        with self._own_turn():
+        with self._own_turn(halt=False):
             try:
                 self._take_in(events)
                 self._engine.step(events)
@@ -317,18 +317,20 @@ class Generator:
                     unfinished -= isinstance(event, Finished)
                     yield event
                 if unfinished:
-                    with self._own_turn():
+                    with self._own_turn(halt=False):
                         if not box:  # nobody else's step has brought news meanwhile
                             self.step()
         finally:
             self._abandon(ids)
 
     @contextmanager
-    def _own_turn(self) -> Iterator[None]:
+    def _own_turn(self, *, halt: bool = True) -> Iterator[None]:
         try:
             with self._turn:
                 outermost, self._occupied = not self._occupied, True
                 try:
+                    if halt:  # only the next step may find a pass under way
+                        self._runner.halt()
                     yield
                 finally:
                     self._occupied = not outermost
@@ -379,7 +381,7 @@ class Generator:
             # Exchanged, not iterated: a signal handler may call `cancel` on this very thread between two lines.
             asked, self._cancelled = self._cancelled, set()
             cancelled = [self._live[request_id] for request_id in asked if request_id in self._live]
-            late = [sequence for sequence in tuple(self._live.values()) if _is_late(sequence, now)]
+            late = [sequence for sequence in tuple(self._live.values()) if sequence.is_late(now)]
         for sequence in cancelled:
             self._engine.end(sequence, "cancelled", events)
         for sequence in late:
@@ -389,8 +391,3 @@ class Generator:
     def _admit_submitted(self) -> None:
         while self._submitted:
             self._scheduler.add(self._submitted.popleft())
-
-
-def _is_late(sequence: Sequence, now: float) -> bool:
-    deadline = sequence.request.deadline
-    return deadline is not None and now - sequence.submitted >= deadline
