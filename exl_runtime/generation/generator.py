@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..cache.pools import Hit, Pools, unrolled
+from ..cache.pools import Pools, unrolled
 from ..cache.pools import capacity as capacity_of
 from ..cache.prefix import root_key
 from ..cache.sinks import SinkKeeper
-from ..cache.snapshot import Contents, Snapshot, contents_of
+from ..cache.snapshot import Contents, Snapshot, longest_contents
 from ..cache.storage import KVStorage
 from ..cache.tiers import tiers_of
 from ..errors import PromptTooLong, UsageError
@@ -182,7 +182,7 @@ class Generator:
     def step(self) -> list[Event]:
         """One forward pass over everything that can run, and what came of it. Nothing to do: an empty list."""
         events: list[Event] = []
-        with self._own_turn():
+        with self._own_turn(halt=False):
             try:
                 self._take_in(events)
                 self._engine.step(events)
@@ -254,20 +254,13 @@ class Generator:
     @contextmanager
     def holding(self, tokens: Many[int]) -> Iterator[Contents]:
         """The longest beginning of `tokens` in the cache; its pages stay as they are until the end of the block."""
-        best, kept = Contents(root_key(0), (), ((),)), Hit([], ())
         with self._own_turn():
-            for root in reversed(self._roots):
-                hit = self.pools.match(tokens, root=root)
-                count = len(hit.keys) * self.kv.page_size + hit.shared
-                if count > len(best.tokens):
-                    hit, kept = kept, hit
-                    best = contents_of(kept, root, tokens[:count])
-                self.pools.give_up(hit)
+            contents, hit = longest_contents(self.pools, reversed(self._roots), tokens)
         try:
-            yield best
+            yield contents
         finally:
             with self._own_turn():
-                self.pools.give_up(kept)
+                self.pools.give_up(hit)
 
     def attach(self, snapshot: Snapshot) -> None:
         """Let prompts begin with what this snapshot holds."""
@@ -324,18 +317,20 @@ class Generator:
                     unfinished -= isinstance(event, Finished)
                     yield event
                 if unfinished:
-                    with self._own_turn():
+                    with self._own_turn(halt=False):
                         if not box:  # nobody else's step has brought news meanwhile
                             self.step()
         finally:
             self._abandon(ids)
 
     @contextmanager
-    def _own_turn(self) -> Iterator[None]:
+    def _own_turn(self, *, halt: bool = True) -> Iterator[None]:
         try:
             with self._turn:
                 outermost, self._occupied = not self._occupied, True
                 try:
+                    if halt:  # only the next step may find a pass under way
+                        self._runner.halt()
                     yield
                 finally:
                     self._occupied = not outermost
@@ -386,7 +381,7 @@ class Generator:
             # Exchanged, not iterated: a signal handler may call `cancel` on this very thread between two lines.
             asked, self._cancelled = self._cancelled, set()
             cancelled = [self._live[request_id] for request_id in asked if request_id in self._live]
-            late = [sequence for sequence in tuple(self._live.values()) if _is_late(sequence, now)]
+            late = [sequence for sequence in tuple(self._live.values()) if sequence.is_late(now)]
         for sequence in cancelled:
             self._engine.end(sequence, "cancelled", events)
         for sequence in late:
@@ -396,8 +391,3 @@ class Generator:
     def _admit_submitted(self) -> None:
         while self._submitted:
             self._scheduler.add(self._submitted.popleft())
-
-
-def _is_late(sequence: Sequence, now: float) -> bool:
-    deadline = sequence.request.deadline
-    return deadline is not None and now - sequence.submitted >= deadline

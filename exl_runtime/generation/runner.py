@@ -19,7 +19,7 @@ from ..errors import ExlError, NonFiniteError
 from ..model.adapted import Adapted
 from ..model.batch import ForwardBatch, Plan
 from ..model.lora import Mix
-from ..model.step import WHOLE
+from ..model.step import NO_MORE, WHOLE, Onward
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
@@ -66,6 +66,7 @@ class Runner:
         self._adapted: Adapted | None = None
         self._on_cpu = model.device.type == "cpu"
         self._plans = hasattr(model, "forward_plan")  # a Transformer's: no tensors for a few numbers
+        self._halt: Callable[[], None] | None = getattr(model, "halt", None)
 
     def run(self, chunks: Many[Chunk]) -> list[Outcome]:
         """Compute the chunks in one pass."""
@@ -97,9 +98,15 @@ class Runner:
         """Whether `draw` has a chance."""
         return getattr(self.model, "draws", False)
 
-    def draw(self, chunks: Many[Chunk], hows: Many[How]) -> list[Outcome] | None:
+    def halt(self) -> None:
+        """End the pass that the model runs ahead of being asked, if it does: before anybody else touches the pages."""
+        if self._halt is not None:
+            self._halt()
+
+    def draw(self, chunks: Many[Chunk], hows: Many[How], onward: Onward = NO_MORE) -> list[Outcome] | None:
         """`run` where the model itself draws the tokens behind all rows, one for each of `hows`.
 
+        The model may begin the pass behind this one by itself, see `onward.py`.
         None: it cannot, or something is wrong with a row. Then `run` has to repeat the pass, and will say what.
         """
         # Adapters are no part of the native pass.
@@ -110,7 +117,7 @@ class Runner:
         draws = [number for how in hows for number in how[:3]]
         banned = [number for how in hows for number in (len(how[3]), *how[3])]
         try:
-            tokens = model.draw_plan(plan, self.kv, draws, banned)
+            tokens = model.draw_plan(plan, self.kv, draws, banned, onward)
         except Exception as err:
             log.warning("a pass that draws its tokens failed (%s); running it once more", err)
             return None
@@ -159,6 +166,7 @@ class Runner:
         """float32 logits (L, vocab) on the CPU, where drawing happens."""
         model: Any = self.model
         if plan.mixes:
+            self.halt()
             if self._adapted is None:
                 self._adapted = Adapted(model)
             logits = self._adapted.forward_plan(plan, self.kv)

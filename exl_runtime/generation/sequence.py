@@ -161,6 +161,10 @@ class Sequence:
             length, self.placed = self.placed[1], None
         self.kv_length = length
 
+    def is_late(self, now: float) -> bool:
+        """True from the deadline of the request on."""
+        return self.request.deadline is not None and now - self.submitted >= self.request.deadline
+
     def move(self, state: RequestState) -> None:
         """Enter `state`. Raises IllegalTransition where the table does not allow it."""
         check_transition(self.id, self.state, state)

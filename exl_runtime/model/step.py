@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec, RopeSpec
 from ..ops import step as native
+from ..ops.step import NO_MORE, Onward
 from .batch import Plan
 from .block import Block
 from .embedding import Embedding
@@ -51,11 +52,17 @@ class NativeStep:
         places: Sequence[int],
         draws: Sequence[float],
         banned: Sequence[int],
+        onward: Onward,
     ) -> list[int]:
         """A token behind each of the L rows, see `ops.step.Program.draw`; for passes of at most WHOLE tokens."""
         program = self.program
-        program.bind(kv.keys, kv.values, angles)
-        return program.draw(_numbers(plan, places), plan.pages, draws, banned)
+        if not program.bind(kv.keys, kv.values, angles):
+            onward = NO_MORE  # angles of this pass alone are of no use for the next
+        return program.draw(_numbers(plan, places), plan.pages, draws, banned, onward)
+
+    def halt(self) -> None:
+        """End what runs ahead of the calls, see `ops.step.Program.halt`."""
+        self.program.halt()
 
 
 def _numbers(plan: Plan, places: Sequence[int]) -> list[int]:

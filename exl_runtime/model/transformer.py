@@ -16,7 +16,7 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
 from ..ops.native import torch_alone
-from ..ops.step import all_finite
+from ..ops.step import NO_MORE, Onward, all_finite
 from ..ops.table import OpSet
 from .angles import Angles
 from .batch import ForwardBatch, Plan, by_layer
@@ -54,6 +54,7 @@ class Transformer:
         self._angles = Angles(tuple(dict.fromkeys(layer.rope for layer in spec.layers)), device)
         self._step: NativeStep | None = None
         self._step_is_known = False
+        self.runs_ahead = True  # whether `draw_plan` begins what is known of the next pass
 
     @property
     def nbytes(self) -> int:
@@ -92,18 +93,30 @@ class Transformer:
         """Whether `draw_plan` can be called."""
         return self.spec.logit_softcap is None and self.step is not None
 
-    def draw_plan(self, plan: Plan, kv: KVStorage, draws: Sequence[float], banned: Sequence[int]) -> list[int] | None:
+    def draw_plan(
+        self,
+        plan: Plan,
+        kv: KVStorage,
+        draws: Sequence[float],
+        banned: Sequence[int],
+        onward: Onward = NO_MORE,
+    ) -> list[int] | None:
         """`forward_plan` and a token drawn behind each of its rows, natively, without logits that anybody sees.
 
-        draws, banned: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its logits are
-        not finite; `forward_plan` then says what is wrong. None, too, for pages it cannot read. At most `step.WHOLE`
-        tokens.
+        draws, banned, onward: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its
+        logits are not finite; `forward_plan` then says what is wrong. None, too, for pages it cannot read. At most
+        `step.WHOLE` tokens.
         """
         step = self._step_for(kv)
         if step is None:
             return None
-        tokens = step.draw(plan, kv, *self._angles.rows(plan), draws, banned)
+        tokens = step.draw(plan, kv, *self._angles.rows(plan), draws, banned, onward if self.runs_ahead else NO_MORE)
         return None if -1 in tokens else tokens
+
+    def halt(self) -> None:
+        """End the pass that runs ahead of the calls, if there is one: before others than this model touch the pages."""
+        if self._step is not None:
+            self._step.halt()
 
     def _refuse(self, batch: ForwardBatch, kv: KVStorage) -> NoReturn:
         """The logits are not finite: find the layer."""
@@ -125,10 +138,12 @@ class Transformer:
 
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
+        self.halt()
         self._step, self._step_is_known = None, False
 
     def with_parts(self, blocks: list[Block], head: Linear, embedding: Embedding) -> Self:
         """The same model with other blocks, another head and embedding; all else is shared."""
+        self.halt()
         other = copy(self)
         other.blocks, other.head, other.embedding = blocks, head, embedding
         other.forget_step()
@@ -141,6 +156,7 @@ class Transformer:
 
     def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
         """Operator by operator."""
+        self.halt()
         with torch.inference_mode(), self._alone():
             return self._run_layers(batch, kv, check)
 

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ..cache.storage import KVStorage
 from ..cache.tiers import check_host_cache, host_limit
-from ..checkpoint.packed import NOT_KEPT
+from ..checkpoint.packed import NOT_KEPT, PackedCache
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
 from ..config.resolve import resolve
@@ -35,7 +37,7 @@ from ..ops.attention.choose import describe, refusal
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
-from .draft import draft_geometry, open_draft
+from .draft import DraftNeeds, draft_geometry, open_draft
 from .info import RuntimeInfo
 from .packed import packed_cache as open_packed_cache
 from .runtime import Runtime
@@ -148,9 +150,22 @@ def load(
             attention=attention,
         )
 
+    def drafting(
+        beside: KVStorage | SplitCache, device: torch.device, backend: str, packed: PackedCache | None = None
+    ) -> tuple[Transformer, KVStorage]:
+        assert draft_folder is not None
+        return open_draft(
+            draft_folder,
+            tokenizer=tokenizer,
+            beside=beside,
+            device=device,
+            backend=backend,
+            dtype=resolve_dtype(dtype),
+            packed=packed,
+            progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
+        )
+
     if gpu_split is not None:
-        if draft_folder is not None:
-            raise UsageError("a draft model and gpu_split do not go together yet", hint="leave one of them out")
         with Checkpoint.open(folder) as checkpoint:
             spread = open_spread(
                 checkpoint,
@@ -161,11 +176,14 @@ def load(
                 context=wanted,
                 dtype=resolve_dtype(dtype),
                 hurry=accuracy == "fast",
+                draft=None if draft_folder is None else DraftNeeds.of(draft_folder),
                 report=report,
             )
             stored = stored_weights(checkpoint, spec)
         info = opened(spread.model, spread.kv, context=spread.context, device=spread.devices)
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
+        if spread.beside is not None:
+            parts["draft"] = drafting(spread.kv, spread.beside.device, spread.beside.backend)
         beside = host_limit(host_cache, spread.kv.device)
         return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens, host_cache=beside)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
@@ -197,25 +215,13 @@ def load(
         if (why := refusal(spec.head_dim, pages)) is not None:
             log.warning("attention runs in plain torch, which is slow: %s", why)
     info = opened(transformer, kv, context=length, device=str(where), attention=attention_of(kernels, spec, kv))
-    drafting = None
-    if draft_folder is not None:
-        drafting = open_draft(
-            draft_folder,
-            tokenizer=tokenizer,
-            beside=kv,
-            device=where,
-            backend=kernels,
-            dtype=resolve_dtype(dtype),
-            packed=kept,
-            progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
-        )
     return Runtime(
         model=transformer,
         kv=kv,
         tokenizer=tokenizer,
         template=chat_template,
         info=info,
-        draft=drafting,
+        draft=None if draft_folder is None else drafting(kv, where, kernels, kept),
         speculate=speculate,
         step_tokens=step_tokens,
         host_cache=host_limit(host_cache, where),

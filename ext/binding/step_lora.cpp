@@ -3,6 +3,7 @@
 // step_adapter checks an adapter's matrices once and keeps them; step_share says who takes part in the next pass.
 #include <cmath>
 
+#include "step.h"
 #include "step_lora.h"
 
 namespace exl {

@@ -268,16 +268,18 @@ class Pass {
 
 }  // namespace
 
-void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
-              StepTimes* times) {
-  if (batch.rows <= 0) return;
+bool step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
+              StepTimes* times, const std::atomic<bool>* stop) {
+  if (batch.rows <= 0) return true;
   const Awake awake;
   Pass pass(model, batch, x, times);
   if (first == 0) pass.embed();
   for (int64_t index = first; index < last; ++index) {
+    if (stop != nullptr && stop->load(std::memory_order_relaxed)) return false;
     pass.layer(index, index + 1 < last ? &model.layers[size_t(index + 1)] : nullptr);
   }
   if (last == int64_t(model.layers.size())) pass.head(logits);
+  return true;
 }
 
 bool all_finite(const float* x, int64_t count) {

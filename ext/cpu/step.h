@@ -15,6 +15,7 @@
 // reference: the same model run operator by operator      test: tests/model/test_step.py
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -109,9 +110,9 @@ extern const char* const kPhaseNames[int(Phase::count)];
 
 // Layers [first, last) on x, float32 (rows, hidden), written in place. Before layer 0 the tokens' embeddings are put
 // there; after the last layer of the model float32 (logits, head.outputs) go to `logits`. `times` may be null; else the
-// time spent is added.
-void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
-              StepTimes* times);
+// time spent is added. `stop`, where there is one, is looked at before every layer: false, and no logits, if it was true.
+bool step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
+              StepTimes* times, const std::atomic<bool>* stop = nullptr);
 
 // Whether all of x are finite.
 bool all_finite(const float* x, int64_t count);

@@ -141,4 +141,4 @@ def test_a_pass_wakes_no_threads_of_torch(demo: Path, repo: Path) -> None:
         cwd=repo,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    assert set(ast.literal_eval(found.stdout)) <= {"exl-worker"}
+    assert set(ast.literal_eval(found.stdout)) <= {"exl-worker", "exl-ahead"}
