@@ -180,3 +180,18 @@ def test_windows_of_other_shape_share_nothing_that_depends_on_it() -> None:
     result = turn(rig, said, 5, keep=3)
     assert result.ids == rolled(said, 5, context=32, keep=3) and result.reused_tokens > 20
     assert turn(rig, said, 5, keep=8).ids == rolled(said, 5, context=32, keep=8)
+
+
+def test_a_rolled_conversation_comes_back_from_host_memory() -> None:
+    rig = Rig(context=32, pages=9, host_bytes=100_000)
+    said, known = [*range(9)], 0
+    for number in range(10):
+        for k in range(2):  # others take all the pages
+            rig.generator.run([request([29 - k, number, *range(26)], 4, overflow="window", speculate="off")])
+        result = turn(rig, said, 9, seed=number)
+        assert result.ids == rolled(said, 9, context=32, keep=3, seed=number)
+        assert result.prompt_tokens - result.reused_tokens == len(said) - known
+        rig.generator._scheduler.roller.sinks._kept.clear()
+        known = len(said) + len(result.ids) - 1
+        said += [*result.ids, number % 31, 7, 11]
+    assert len(said) > 3 * 32 and rig.generator.stats.host_tokens > 200
