@@ -165,9 +165,7 @@ class Pools:
         rest = pack(tokens[at : min(at + self.page_size, limit)])
         return self._joined(prefix.keys[:count], claimed, [pool.table.claim_part(key, rest) for pool in self.all])
 
-    def reach(
-        self, places: Sequence[Place], counts: Sequence[int], parent: bytes, tokens: Sequence[int]
-    ) -> Hit | None:
+    def reach(self, places: Sequence[Place], counts: Sequence[int], parent: bytes, tokens: Sequence[int]) -> Hit | None:
         """See `PageTable.reach`: in every pool the last of these pages, as many as `counts` says. `gone` entries are
         put before them where there is a window, so that all keys have their place."""
         matches, parts = [], []

@@ -104,12 +104,14 @@ class Roller:
         sinks are not among them), else the beginning. At least the last token is left to be computed."""
         sequence.sinks = None
         found = self.find(sequence)
-        hit = self._reach(sequence, found) if found.places else None
-        if hit is None:
+        roll = sequence.roll
+        assert roll is not None
+        opened = self.open(found, roll, len(found.tokens) - 1) if found.places else None
+        if opened is not None:
+            hit, sequence.sinks = opened
+        else:
             if found.places:  # something did not come back from below
                 found = Found(sequence.tokens, sequence.cut if sequence.whole else NOTHING, 0)
-            roll = sequence.roll
-            assert roll is not None
             limit = min(len(found.tokens), roll.capacity) - 1
             hit = self.pools.match(found.tokens, root=sequence.root, limit=limit)
         return found, hit
@@ -119,26 +121,29 @@ class Roller:
         roll, whole = sequence.roll, sequence.whole
         assert roll is not None
         if whole is None:
-            return self._reused(sequence.tokens, NOTHING, sequence, roll)
+            return self.reused(sequence.tokens[:-1], sequence.root, roll, whole=sequence.tokens)
         best = Found(sequence.tokens, sequence.cut, 0)
         for gone in (NOTHING, *self._known_cuts(whole)):
             if gone.start not in (0, roll.kept):
                 continue
-            found = self._reused([*whole[: gone.start], *whole[gone.stop :]], gone, sequence, roll)
+            tokens = [*whole[: gone.start], *whole[gone.stop :]]
+            found = self.reused(tokens[:-1], sequence.root, roll, whole=tokens, gone=gone)
             # A prompt that is cut is computed from its beginning: that is short, too.
             if len(found.tokens) - found.reused < len(best.tokens) - best.reused:
                 best = found
         return best
 
-    def _reach(self, sequence: Sequence, found: Found) -> Hit | None:
-        roll = sequence.roll
-        assert roll is not None
+    def open(self, found: Found, roll: Roll, limit: int) -> tuple[Hit, Sinks | None] | None:
+        """The recent pages that were found, and at most `limit` tokens, acquired; and the sinks, where something has to
+        be turned. None: not all of it comes back."""
+        sinks = None
         if self.pools[0].window is None:
-            sequence.sinks = self._kept(found.places[: roll.sinks])
-            if sequence.sinks is None:
+            sinks = self._kept(found.places[: roll.sinks])
+            if sinks is None:
                 return None
-        rest = found.tokens[found.reused : min(found.reused + roll.page_size, len(found.tokens) - 1)]
-        return self.pools.reach(found.places, self._recent(roll), roll.mark(found.keys[-1]), rest)
+        rest = found.tokens[found.reused : min(found.reused + roll.page_size, limit)]
+        hit = self.pools.reach(found.places, self._recent(roll), roll.mark(found.keys[-1]), rest)
+        return None if hit is None else (hit, sinks)
 
     def _kept(self, places: Many[Place]) -> Sinks | None:
         """The sinks in these pages as first computed: what was kept of them, or what they still hold."""
@@ -195,9 +200,12 @@ class Roller:
                 cuts.append(Cut(start, stop))
         return cuts
 
-    def _reused(self, tokens: list[int], gone: Cut, sequence: Sequence, roll: Roll) -> Found:
-        counts, places = self._recent(roll), places_of(tokens, sequence.root, roll)
-        places = places[: (len(tokens) - 1) // roll.page_size]
+    def reused(
+        self, tokens: list[int], root: bytes, roll: Roll, *, whole: list[int] | None = None, gone: Cut = NOTHING
+    ) -> Found:
+        """What there is of `tokens`, the beginning of `whole`, from which `gone` was cut."""
+        counts, places = self._recent(roll), places_of(tokens, root, roll)
+        whole = tokens if whole is None else whole
 
         def knows(pool: Pool, page: int) -> bool:
             return pool.table.knows(*places[page])
@@ -207,9 +215,9 @@ class Roller:
                 last = ((pool, range(count - 1, count - 1 - n, -1)) for pool, n in zip(self.pools, counts, strict=True))
                 if all(knows(pool, page) for pool, pages in last for page in pages):
                     recent = places[count + 1 - roll.pages + roll.sinks : count]
-                    return Found(tokens, gone, count * roll.page_size, (*places[: roll.sinks], *recent))
+                    return Found(whole, gone, count * roll.page_size, (*places[: roll.sinks], *recent))
         plain = self.pools.longest(min(len(places), roll.pages), knows)
-        return Found(tokens, gone, plain * roll.page_size)
+        return Found(whole, gone, plain * roll.page_size)
 
     def _has_sinks(self, places: Many[Place]) -> bool:
         return self.sinks.find(places[-1][2]) is not None or all(self.table.knows(*place) for place in places)
