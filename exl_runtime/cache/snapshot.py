@@ -104,11 +104,10 @@ def longest_contents(pools: Pools, roots: Iterable[bytes], tokens: Sequence[int]
     best, kept = Contents(root_key(0), (), ((),)), Hit([], ())
     for root in roots:
         hit = pools.match(tokens, root=root)
-        count = len(hit.keys) * pools.page_size + hit.shared
+        count = pools.reached(hit)
         if count > len(best.tokens):
             hit, kept = kept, hit
-            pages = [[*match.pages, *([] if match.source is None else [match.source])] for match in kept.matches]
-            best = Contents(root, tuple(tokens[:count]), pages, [match.gone for match in kept.matches])
+            best = Contents(root, tuple(tokens[:count]), [h.pages for h in kept.held], [h.gone for h in kept.held])
         pools.give_up(hit)
     return best, kept
 

@@ -101,13 +101,13 @@ class Generator:
         if draft is not None:
             stores.append((draft[1], key_frequencies(draft[0].spec)))
         sinks = SinkKeeper(stores)
-        self._roller, self._dropper = Roller(self.pools, sinks), Dropper(self.table, sinks)
+        self._roller, self._dropper = Roller(self.pools, sinks), Dropper(self.pools, sinks)
         self._scheduler = Scheduler(
             self.pools,
             prefill_tokens=prefill_tokens,
             max_running=max_running,
             roller=self._roller,
-            dropper=None if self.pools.slide else self._dropper,
+            dropper=self._dropper,
         )
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
