@@ -1,8 +1,10 @@
 """Passes that run one ahead on the CPU: nobody can tell, but by the clock."""
 
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -173,6 +175,19 @@ def test_a_request_that_is_given_up_keeps_nothing_running() -> None:
         wanted = told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0)))
     with exl.load("demo", context=512, speculate="off") as rt:
         assert told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0))) == wanted
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="nothing runs beside Python on one CPU")
+def test_where_all_cpus_compute_only_a_slow_reader_is_run_ahead_of() -> None:
+    params = exl.SamplingParams(**ENDLESS)
+    native.ops().set_threads(len(os.sched_getaffinity(0)))
+    with exl.load("demo", context=512, speculate="off") as rt:
+        wanted = told(rt.generate(STORY, max_tokens=60, sampling=params))
+        before = counts(rt)[0]
+        for event in rt.stream(STORY, max_tokens=60, sampling=params):
+            time.sleep(0.004)
+        assert counts(rt)[0] - before > 30
+        assert event.result.ids == wanted[0]
 
 
 def test_many_threads_ask_at_once() -> None:
