@@ -17,7 +17,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..errors import StorageError
 from .geometry import CacheGeometry
-from .pools import Hit
-from .prefix import Node, chain, pack
+from .pools import Hit, Pools
+from .prefix import Node, chain, pack, root_key
 from .tiers import Pages, Part, Tier, read_page
 
 START = b"exl-kv-pages 1\n\0"
@@ -89,10 +89,17 @@ class Contents:
     gone: Sequence[int] = (0,)
 
 
-def contents_of(hit: Hit, root: bytes, tokens: Sequence[int]) -> Contents:
-    """What was found of `tokens`."""
-    pages = [[*match.pages, *([] if match.source is None else [match.source])] for match in hit.matches]
-    return Contents(root, tuple(tokens), pages, [match.gone for match in hit.matches])
+def longest_contents(pools: Pools, roots: Iterable[bytes], tokens: Sequence[int]) -> tuple[Contents, Hit]:
+    """The longest beginning of `tokens` in the cache under one of these roots, and what was acquired of it."""
+    best, kept = Contents(root_key(0), (), ((),)), Hit([], ())
+    for root in roots:
+        hit = pools.match(tokens, root=root)
+        count = pools.reached(hit)
+        if count > len(best.tokens):
+            hit, kept = kept, hit
+            best = Contents(root, tuple(tokens[:count]), [h.pages for h in kept.held], [h.gone for h in kept.held])
+        pools.give_up(hit)
+    return best, kept
 
 
 def snapshot_bytes(geometry: CacheGeometry, tokens: int, gone: Sequence[int] = (0,)) -> int:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..cache.pools import Hit, Pools, unrolled
+from ..cache.pools import Pools, unrolled
 from ..cache.pools import capacity as capacity_of
 from ..cache.prefix import root_key
 from ..cache.sinks import SinkKeeper
-from ..cache.snapshot import Contents, Snapshot, contents_of
+from ..cache.snapshot import Contents, Snapshot, longest_contents
 from ..cache.storage import KVStorage
 from ..cache.tiers import tiers_of
 from ..errors import PromptTooLong, UsageError
@@ -99,13 +99,13 @@ class Generator:
         if draft is not None:
             stores.append((draft[1], key_frequencies(draft[0].spec)))
         sinks = SinkKeeper(stores)
-        self._dropper = Dropper(self.table, sinks)
+        self._dropper = Dropper(self.pools, sinks)
         self._scheduler = Scheduler(
             self.pools,
             prefill_tokens=prefill_tokens,
             max_running=max_running,
             roller=Roller(self.pools, sinks),
-            dropper=None if self.pools.slide else self._dropper,
+            dropper=self._dropper,
         )
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
@@ -254,20 +254,13 @@ class Generator:
     @contextmanager
     def holding(self, tokens: Many[int]) -> Iterator[Contents]:
         """The longest beginning of `tokens` in the cache; its pages stay as they are until the end of the block."""
-        best, kept = Contents(root_key(0), (), ((),)), Hit([], ())
         with self._own_turn():
-            for root in reversed(self._roots):
-                hit = self.pools.match(tokens, root=root)
-                count = len(hit.keys) * self.kv.page_size + hit.shared
-                if count > len(best.tokens):
-                    hit, kept = kept, hit
-                    best = contents_of(kept, root, tokens[:count])
-                self.pools.give_up(hit)
+            contents, hit = longest_contents(self.pools, reversed(self._roots), tokens)
         try:
-            yield best
+            yield contents
         finally:
             with self._own_turn():
-                self.pools.give_up(kept)
+                self.pools.give_up(hit)
 
     def attach(self, snapshot: Snapshot) -> None:
         """Let prompts begin with what this snapshot holds."""

@@ -153,6 +153,8 @@ class Request:
             raise UsageError(f"guidance is {self.guidance!r}", hint="give a number from 0 to 100; 1 turns it off")
         if (self.guidance != 1) != bool(self.negative_prompt):
             raise UsageError("guidance and negative_prompt need each other", hint="say guidance=1.5 and a prompt")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise UsageError(f"priority is {self.priority!r:.60}", hint="give a whole number; higher goes first")
         if not isinstance(self.prompt_logprobs, int) or self.prompt_logprobs < 0:
             raise UsageError(f"prompt_logprobs is {self.prompt_logprobs!r}", hint="give a whole number from 0")
 

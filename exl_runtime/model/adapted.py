@@ -129,7 +129,7 @@ class Adapted:
 
     def forward_plan(self, plan: Plan, kv: KVStorage) -> Tensor:
         """`Transformer.forward` for a plan with `mixes`: float32 logits (L, vocab)."""
-        if self._native is not None and self._native.share(plan):
+        if self._native is not None and self._native.share(plan, kv):
             try:
                 return self._base.forward_plan(plan, kv)
             except NonFiniteError:

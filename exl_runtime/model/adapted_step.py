@@ -5,6 +5,7 @@ Rescaled outputs (DoRA), whole matrices, embeddings, biases, routers and experts
 
 from weakref import WeakKeyDictionary
 
+from ..cache.storage import KVStorage
 from ..config.names import LINEARS
 from ..ops.linear.dense_cpu import DenseCpu
 from ..ops.step import AdapterChange, Program
@@ -21,9 +22,12 @@ class NativeAdapters:
         self._program: Program | None = None
         self._numbers: WeakKeyDictionary[Adapter, int | None] = WeakKeyDictionary()
 
-    def share(self, plan: Plan) -> bool:
-        """Whether the model can run `plan` with its mixes. If so its next native pass has them: it must be this one."""
-        step = self._model.step
+    def share(self, plan: Plan, kv: KVStorage) -> bool:
+        """Whether the model can run `plan` natively over these pages, with its mixes.
+
+        If so its next native pass has them: it must be this one.
+        """
+        step = self._model.step_for(kv)
         if step is None:
             return False
         if step.program is not self._program:  # a part of the model was replaced

@@ -110,7 +110,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     with Checkpoint(FolderIndex(folder, (path,), infos)) as tensors:
         for module, names in _modules(tensors).items():
             if "base" in names:
-                bases[module] = tensors.info(names.pop("base")).shape
+                bases[module] = _flat(tensors, names.pop("base"), 2)
             if names.keys() & {"weight", "bias", "tokens"}:
                 replaced += _replaced(tensors, names, module, settings)
             if names:
@@ -153,13 +153,28 @@ def _modules(tensors: Checkpoint) -> dict[str, dict[str, str]]:
 
 def _replaced(tensors: Checkpoint, names: dict[str, str], path: str, settings: Settings) -> list[Replaced]:
     """Takes what it reads out of `names`."""
-    found = {kind: tensors.tensor(names.pop(kind)) for kind in ("weight", "bias", "tokens") if kind in names}
+    found = {}
+    # A norm is refused later, by what it is.
+    for kind, dims in (("weight", 1 if path.endswith("norm") else 2), ("bias", 1), ("tokens", 2)):
+        if kind in names:
+            _flat(tensors, names[kind], dims)
+            found[kind] = tensors.tensor(names.pop(kind))
     replaced = []
     if "weight" in found or "bias" in found:
         replaced.append(Replaced(path, found.get("weight"), found.get("bias")))
     if (rows := found.get("tokens")) is not None:
-        replaced.append(Replaced(path, rows, None, settings.tokens(path, rows.shape[0] if rows.dim() else 0)))
+        replaced.append(Replaced(path, rows, None, settings.tokens(path, rows.shape[0])))
     return replaced
+
+
+def _flat(tensors: Checkpoint, name: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor, which has to have so many dimensions."""
+    shape = tuple(tensors.info(name).shape)
+    if len(shape) != dims or not all(shape):
+        raise AdapterError(
+            f"{tensors.where(name)}: shape {shape}, wanted {dims} dimension{'s' * (dims > 1)}, none empty"
+        )
+    return shape
 
 
 def _delta(tensors: Checkpoint, names: Mapping[str, str], path: str, settings: Settings) -> Delta:

@@ -117,7 +117,7 @@ class Runtime:
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
         banned_strings, prefix, heal, stop_ids, stop_loop, processors (functions of ids and logits), prompt_logprobs,
         negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`),
-        keep and left (for token ids; what they say of messages is found out).
+        priority (higher goes first), keep and left (for token ids; what they say of messages is found out).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """

@@ -25,6 +25,7 @@ class Steer(TypedDict, total=False):
     negative_prompt: "Prompt"
     guidance: float
     lora: "Given"
+    priority: int
     keep: int
     left: Left | None
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import CASES, changed, made
+from adapter_cases import CASES, Made, changed, made
 from adapters import Driven, linears_of, merged, write_adapter
 from driving import batch_of, new_cache, open_model
 from tiny import by_name, model_of, write
@@ -86,7 +86,7 @@ def test_adapters_of_a_model_on_two_devices(name, emulated, tmp_path) -> None:
 def check_kind(name, model, cache, folder) -> None:
     """Half precision rounds the adapted model as much as the plain one."""
     family = by_name(CASES[name][0])
-    case = made(name, model_of(family))
+    case = steady_case(name, family)
     mix = mix_of([(load_adapter(case.write(folder / "adapter"), model), 1.0)])
     plain, oracle = exact(model_of(family).double(), IDS), exact(changed(model_of(family), [(case, 1.0)]), IDS)
     batch = batch_of([(IDS, 0, [2]), (IDS, 0, [0])])
@@ -95,3 +95,20 @@ def check_kind(name, model, cache, folder) -> None:
     assert bound < 0.1 * (oracle - plain).abs().max()
     assert (found[: len(IDS)] - oracle).abs().max() <= bound
     assert (found[len(IDS) :] - plain).abs().max() <= bound
+
+
+def steady_case(name: str, family) -> Made:
+    """The case with the first seed for which no token has two experts so alike that half precision may choose the
+    other: router logits of about 1 have errors of a few 2^-11 there."""
+    for seed in range(5, 50):
+        case = made(name, model_of(family), seed)
+        reference = changed(model_of(family), [(case, 1.0)])
+        chosen = getattr(reference.config, "num_experts_per_tok", None)
+        if chosen is None:
+            return case
+        with torch.inference_mode():
+            routers = reference(torch.tensor([IDS]), use_cache=False, output_router_logits=True).router_logits
+        best = torch.stack([logits.topk(chosen + 1).values for logits in routers])
+        if float((best[..., chosen - 1] - best[..., chosen]).min()) > 2**-6:
+            return case
+    raise AssertionError("no seed without near ties")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_cases import CASES, changed, made
-from adapters import Driven
+from adapters import Driven, linears_of, write_adapter
 from driving import batch_of, new_cache, open_model, run
 from oracles import assert_as_good_as
 from quantize import quantize_folder
@@ -57,6 +57,27 @@ def test_rows_of_one_pass_have_their_own(name, backend, root, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["stacked experts and routers", "experts one by one"])
 def test_rows_of_one_pass_have_their_own_experts(name, backend, root, tmp_path) -> None:
     check_rows(name, backend, root, tmp_path)
+
+
+def test_a_plain_adapter_beside_others_keeps_its_bits(root, tmp_path) -> None:
+    """Alone it runs inside the native pass; beside what that does not know, operator by operator."""
+    from exl_runtime.ops import native
+
+    if why := native.available():
+        pytest.skip(why)
+    model = open_model(write(by_name("llama"), root), "cpu")
+    shapes = linears_of(model_of(by_name("llama")), ("q_proj", "down_proj", "lm_head"))
+    plain = load_adapter(write_adapter(tmp_path / "plain", shapes), model)
+    cases = ("dora", "whole modules", "single tokens")
+    others = [load_adapter(made(n, model_of(by_name("llama"))).write(tmp_path / n), model) for n in cases]
+    one = mix_of([(plain, 0.7)])
+    alone = [run(Driven(model, one), IDS, []), run(model, OTHER, [])]
+    for other in others:
+        sequences = [(IDS, 0, [4]), (OTHER, 0, [1]), (IDS, 0, [0])]
+        driven = Driven(model, mixes=(one, (), mix_of([(other, 1.0), (plain, 0.7)])))
+        found = driven.forward(batch_of(sequences), new_cache(model))
+        assert torch.equal(found[: len(IDS)], alone[0])
+        assert torch.equal(found[len(IDS) : len(IDS) + len(OTHER)], alone[1])
 
 
 def check_rows(name: str, backend: str, root: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...console.terminal import clean_line
 from ...errors import UsageError
-from .. import history, status, store
+from .. import clipboard, history, status, store
 from ..blocks import code_blocks
 from ..export import FORMATS, export
 from ..session import ChatSession
@@ -118,6 +118,7 @@ def _export(chat: Conversation, rest: str) -> None:
         system=session.system,
         model=session.runtime.info.name,
         settings=session.settings.to_json(),
+        parts=session.voice.parts,
     )
     history.write_private(path, text.encode("utf-8", "replace"))
     chat.screen.notice(f"wrote {status.messages(len(session.turns))} to {path}")
@@ -130,7 +131,7 @@ def _new_name(kind: str) -> Path:
 
 
 def _copy(chat: Conversation, rest: str) -> None:
-    replies = [turn.content for turn in chat.session.turns if turn.role == "assistant"]
+    replies = [chat.session.said(turn) for turn in chat.session.turns if turn.role == "assistant"]
     if not replies:
         raise UsageError("there is no reply to copy")
     text, what = replies[-1], "the reply"
@@ -139,9 +140,11 @@ def _copy(chat: Conversation, rest: str) -> None:
         if not rest.isdecimal() or not 1 <= int(rest) <= len(blocks):
             raise UsageError(f"there is no code block {rest}", hint=f"the last reply has {len(blocks)}")
         text, what = blocks[int(rest) - 1], f"code block {rest}"
-    if not chat.screen.copy(text):
+    sent, taken = chat.screen.copy(text), clipboard.offer(text)
+    if not (sent or taken):
         raise UsageError("this terminal has no clipboard that could be reached", hint="/save writes a file")
-    chat.screen.notice(f"copied {what} ({len(text)} characters), if the terminal allows it")
+    how = f" with {taken}" if taken else ", if the terminal allows it"
+    chat.screen.notice(f"copied {what} ({len(text)} characters){how}")
 
 
 COMMANDS = (
