@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from exl_runtime.model.adapted import Adapted
 from exl_runtime.model.batch import Plan
-from exl_runtime.model.lora import Adapted, Mix
+from exl_runtime.model.lora import Mix
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 

@@ -93,6 +93,9 @@ class FakeRuntime:
         text += "<assistant>" if add_generation_prompt else ""
         return Rendered(text, tuple(map(ord, text)))
 
+    def head(self, messages: list[dict[str, str]], ids: Any) -> int:
+        return len(self.render(messages[:1], False).ids) if messages[0]["role"] == "system" else 0
+
     def remember(self, text: str) -> None:
         self.remembered.append(text)
 

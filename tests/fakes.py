@@ -33,20 +33,21 @@ class FakeSpec:
     eos_ids: tuple[int, ...] = (EOS,)
     layers: tuple[object, ...] = ()  # nothing in the fake turns keys
     rope_switch: int = 0  # above 0: longer plans get another rope
+    windows: tuple[int | None, ...] = ()  # of every layer
 
     def rope_length(self, planned: int) -> int:
         return planned if self.rope_switch and planned > self.rope_switch else 0
 
 
-def logits_of(tokens: Sequence[int], rope_length: int = 0) -> Tensor:
+def logits_of(tokens: Sequence[int], rope_length: int = 0, windows: Sequence[int | None] = ()) -> Tensor:
     """float32 (vocab): what the fake says after `tokens` at positions 0, 1, ..."""
     keys = torch.tensor(tokens, dtype=torch.float32)
     values = torch.arange(1, len(tokens) + 1) + 1000.0 * rope_length
-    return _from_state(torch.stack([keys, values] * LAYERS))
+    return _from_state(torch.cat([part[-(w or 0) :] for w in windows or (None,) * LAYERS for part in (keys, values)]))
 
 
 def _from_state(seen: Tensor) -> Tensor:
-    """float32 (2 * LAYERS, length) -> logits that no other content gives."""
+    """float32, what all layers see -> logits that no other content gives."""
     digest = hashlib.blake2b(seen.numpy().tobytes(), digest_size=VOCAB).digest()
     logits = torch.frombuffer(bytearray(digest), dtype=torch.uint8).float() / 32
     logits[EOS] = -4.0  # rare, so that replies have some length
@@ -65,20 +66,26 @@ class FakeTransformer:
         self.before(batch)
         starts = batch.q_starts.tolist()
         self.passes.append([stop - start for start, stop in pairwise(starts)])
-        for layer in range(LAYERS):
-            keys, values = (pages.view(-1) for pages in kv.layer(layer))
-            keys[batch.slots] = batch.tokens.float()
-            ropes = torch.tensor(batch.rope_lengths).repeat_interleave(batch.q_starts.diff().long())
-            values[batch.slots] = (batch.positions + 1 + 1000 * ropes).float()
+        groups, total, sequences = kv.geometry.groups, len(batch.tokens), len(batch.kv_lengths)
+        for group, slots in zip(groups, batch.slots.split(total), strict=True):
+            for layer in group.layers:
+                keys, values = (pages.view(-1) for pages in kv.layer(layer))
+                keys[slots] = batch.tokens.float()
+                ropes = torch.tensor(batch.rope_lengths).repeat_interleave(batch.q_starts.diff().long())
+                values[slots] = (batch.positions + 1 + 1000 * ropes).float()
+        of_layer = {layer: number for number, group in enumerate(groups) for layer in group.layers}
         rows = []
         for row in batch.logit_rows.tolist():
             index = max(s for s, start in enumerate(starts[:-1]) if start <= row)
             length = int(batch.kv_lengths[index]) - (starts[index + 1] - 1 - row)
-            table = batch.pages[index].long()
-            at = torch.arange(length)
-            where = table[at // kv.page_size] * kv.page_size + at % kv.page_size
-            parts = [pages.view(-1)[where] for layer in range(LAYERS) for pages in kv.layer(layer)]
-            rows.append(_from_state(torch.stack(parts)))
+            parts = []
+            for layer in range(LAYERS):
+                table = batch.pages[of_layer[layer] * sequences + index].long()
+                window = (self.spec.windows or (None,) * LAYERS)[layer]
+                at = torch.arange(0 if window is None else max(0, length - window), length)
+                where = table[at // kv.page_size] * kv.page_size + at % kv.page_size
+                parts += [pages.view(-1)[where] for pages in kv.layer(layer)]
+            rows.append(_from_state(torch.cat(parts)))
         return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
 
 
@@ -88,11 +95,14 @@ def check_batch(batch: ForwardBatch, kv: KVStorage) -> None:
     assert total > 0
     assert batch.tokens.dtype == batch.positions.dtype == batch.slots.dtype == batch.logit_rows.dtype == torch.int64
     assert batch.q_starts.dtype == batch.kv_lengths.dtype == batch.pages.dtype == torch.int32
-    assert batch.q_starts.shape == (sequences + 1,) and batch.pages.shape[0] == sequences == len(batch.rope_lengths)
+    groups = len(kv.counts)
+    assert batch.q_starts.shape == (sequences + 1,) and sequences == len(batch.rope_lengths)
+    assert batch.pages.shape[0] == groups * sequences
     assert batch.q_starts[0] == 0 and batch.q_starts[-1] == total and (batch.q_starts.diff() > 0).all()
-    assert batch.positions.shape == batch.slots.shape == (total,)
-    assert len(set(batch.slots.tolist())) == total, "two tokens in one slot"
-    assert int(batch.slots.min()) >= 0 and int(batch.slots.max()) < kv.pages * kv.page_size
+    assert batch.positions.shape == (total,) and batch.slots.shape == (groups * total,)
+    for slots, pages in zip(batch.slots.split(total), kv.counts, strict=True):
+        assert len(set(slots.tolist())) == total, "two tokens in one slot"
+        assert int(slots.min()) >= 0 and int(slots.max()) < pages * kv.page_size
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ class Clock:
 class Rig:
     """A generator over fakes, with small pages."""
 
-    pages: int = 16
+    pages: int | tuple[int, ...] = 16  # of every pool
     page_size: int = 4
     context: int | None = None
     prefill_tokens: int = 8
@@ -185,7 +195,7 @@ class Rig:
     host_bytes: int = 0
 
     def __post_init__(self) -> None:
-        geometry = CacheGeometry(LAYERS, 1, 1, FP32, self.page_size)
+        geometry = CacheGeometry(LAYERS, 1, 1, FP32, self.page_size, self.spec.windows)
         self.kv = KVStorage(geometry, self.pages, torch.device("cpu"))
         self.model = FakeTransformer(self.spec)
         self.clock = Clock()
@@ -206,9 +216,10 @@ class Rig:
 
     def check(self) -> None:
         """Invariants of the table; and nothing is held once nothing runs."""
-        self.table.check()
+        self.generator.pools.check()
         if not self.generator.busy:
-            assert self.table.available == self.pages, "pages leaked"
+            for pool, pages in zip(self.generator.pools, self.kv.counts, strict=True):
+                assert pool.table.available == pages, "pages leaked"
 
 
 def request(
@@ -218,11 +229,13 @@ def request(
     return Request(prompt=tuple(prompt), max_tokens=max_tokens, sampling=sampling, **rest)
 
 
-def expected(prompt: Sequence[int], count: int, seed: int = 0, rope_length: int = 0) -> list[int]:
+def expected(
+    prompt: Sequence[int], count: int, seed: int = 0, rope_length: int = 0, windows: Sequence[int | None] = ()
+) -> list[int]:
     """The ids that `count` steps generate, up to and including an end-of-sequence id."""
     sampler, generated = FakeSampler(seed), []
     while len(generated) < count and EOS not in generated:
-        logits = logits_of([*prompt, *generated], rope_length)
+        logits = logits_of([*prompt, *generated], rope_length, windows)
         generated.append(sampler.sample(logits, prompt, generated).id)
     return generated
 

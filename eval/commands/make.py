@@ -15,14 +15,17 @@ HELP = "write a model of a given shape with random weights, to measure speed wit
 USAGE = "SHAPE -o DIR [--format exl2|gptq|fp16|bf16] [--bits 4.0] [--gguf FILE --gguf-type Q4_0] [options]"
 EPILOG = """\
 SHAPE is 1.1b, 7b or 8b, or HIDDEN/INNER/LAYERS/HEADS/KV_HEADS/VOCAB, for example 2048/5632/22/32/4/32000.
+A mixture of experts in every layer: moe-1b, or .../VOCAB/EXPERTS/ACTIVE behind the others, INNER being that of one
+expert: 1024/512/12/16/4/32000/32/8 is moe-1b, 32 experts of which every token visits 8.
 examples:
   %(prog)s 1.1b -o models/made-4.0
+  %(prog)s moe-1b -o models/made-moe
   %(prog)s 1.1b -o models/made-gptq --format gptq --bits 4 --group 128 --gguf models/twin.gguf"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("shape", metavar="SHAPE", help="1.1b, 7b, 8b or six numbers with slashes between")
+    parser.add_argument("shape", metavar="SHAPE", help="1.1b, 7b, 8b, moe-1b or numbers with slashes between")
     parser.add_argument("-o", "--output", metavar="DIR", help="the folder to write; must not exist or be empty")
     parser.add_argument("--format", default="exl2", choices=("exl2", "gptq", "fp16", "bf16"), help="default: exl2")
     parser.add_argument("--bits", type=float, default=4.0, help="per weight of the layers, EXL2 and GPTQ (default: 4)")
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
         raise UsageError("nothing to write", hint="give -o DIR, --gguf FILE or both")
     if args.seed < 0:
         raise UsageError(f"--seed is {args.seed}", hint="give 0 or more")
-    shape = parse_shape(args.shape, layers=args.layers)
+    shape = parse_shape(args.shape, layers=args.layers, mixtures=True)
     lines: list[str] = []
     facts: dict[str, object] = {}
     if args.output:

@@ -27,6 +27,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is run")
     group.add_argument("--prompt", type=positive, default=512, metavar="N", help="tokens before it (default: 512)")
     group.add_argument("--generate", type=positive, default=64, metavar="N", help="steps (default: 64)")
+    group.add_argument(
+        "--no-ahead", action="store_true", help="CPU: no pass is begun before Python is through with the one before"
+    )
     add_loading(parser, threads=thread_counts)
 
 
@@ -62,7 +65,9 @@ def run(args: argparse.Namespace, progress: "Progress") -> Outcome:
             native.set_threads(count)
             traffic, bandwidth = traffic_of(runtime, 1), memory.measure()
             try:
-                found.append(break_down(runtime, prompt, args.generate, traffic=traffic, bandwidth=bandwidth))
+                ahead = not args.no_ahead
+                one = break_down(runtime, prompt, args.generate, traffic=traffic, bandwidth=bandwidth, ahead=ahead)
+                found.append(one)
             except ValueError as err:
                 raise UsageError(f"{args.model} runs operator by operator: {err}") from err
         name = runtime.info.name

@@ -15,7 +15,10 @@ import torch
 
 from exl_runtime.checkpoint.index import INDEX_FILE
 from exl_runtime.checkpoint.writer import Planned, planned_tensor, write_planned
+from exl_runtime.config.archs import ARCHS
+from exl_runtime.config.names import Names
 from exl_runtime.config.read import read_object
+from exl_runtime.config.resolve import resolve
 from exl_runtime.console.progress import Progress
 from exl_runtime.errors import UsageError
 from exl_runtime.files import PARTIAL, naming, remove_partials, require_space, sync_folder, write_bytes, write_json
@@ -102,8 +105,13 @@ def write_model(target: Path, shape: Shape, recipe: Recipe, progress: Progress) 
 
 
 def config(shape: Shape, recipe: Recipe) -> dict[str, object]:
-    """The config.json: the demo's, with these sizes."""
+    """The config.json: the demo's, with these sizes; with experts, that of a family in which every layer has some."""
     base = _demo("config.json")
+    if shape.experts:
+        family = next(arch.hf for arch in ARCHS.values() if arch.moe == "all")
+        base["architectures"] = [family]
+        base["model_type"] = family.removesuffix("ForCausalLM").lower()
+        base |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.active, "sliding_window": None}
     base.update(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -142,7 +150,8 @@ def estimate(shape: Shape, recipe: Recipe) -> int:
     table = shape.vocab * shape.hidden
     quantized = recipe.format in ("exl2", "gptq")
     head = HEAD_BITS + 0.2 if recipe.format == "exl2" else 16
-    return int((layer * shape.layers * (recipe.bits + 0.3 if quantized else 16) + table * (16 + head)) / 8)
+    routers = 16 * shape.layers * shape.experts * shape.hidden
+    return int((layer * shape.layers * (recipe.bits + 0.3 if quantized else 16) + table * (16 + head) + routers) / 8)
 
 
 def _shards(shape: Shape, recipe: Recipe) -> Iterator[Sequence[Planned]]:
@@ -167,17 +176,20 @@ def _shards(shape: Shape, recipe: Recipe) -> Iterator[Sequence[Planned]]:
         norm("model.norm.weight"),
     ]
     matrix = _Matrices(recipe, seeds, dense)
+    names = resolve(config(shape, recipe)).names
+    assert isinstance(names, Names)
     for layer in range(shape.layers):
         path = f"model.layers.{layer}"
         planned = [norm(f"{path}.input_layernorm.weight"), norm(f"{path}.post_attention_layernorm.weight")]
-        orders = {inputs: next(seeds) for inputs in ("attention", "out", "mlp", "down")}
+        if shape.experts:
+            router = names.router(layer)[0].path
+            planned.append(dense(f"{router}.weight", shape.experts, shape.hidden, 1 / math.sqrt(shape.hidden)))
+        orders = {group: next(seeds) for group in dict.fromkeys(_group(name) for name, _, _ in shape.linears())}
         for name, inputs, outputs in shape.linears():
             # Two such sums join the residual stream in every layer: its variance at most doubles over all of them.
             joins = name.endswith(("o_proj", "down_proj"))
             std = 1 / math.sqrt(inputs * (2 * shape.layers if joins else 1))
-            shared = {"o_proj": "out", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down"}
-            order = orders[shared.get(name.split(".")[1], "attention")]
-            planned += matrix(f"{path}.{name}", inputs, outputs, std, order)
+            planned += matrix(_path(names, layer, name), inputs, outputs, std, orders[_group(name)])
         yield planned
     std = 1 / math.sqrt(shape.hidden)
     if recipe.format == "exl2":
@@ -186,6 +198,20 @@ def _shards(shape: Shape, recipe: Recipe) -> Iterator[Sequence[Planned]]:
         yield [planned_tensor(f"lm_head.{suffix}", tensor) for suffix, tensor in tensors.items()]
     else:
         yield [dense("lm_head.weight", shape.vocab, shape.hidden, std)]
+
+
+def _group(name: str) -> str:
+    """Equal for matrices of one input, which share the order of its rows."""
+    room, part = name.rsplit(".", 1)
+    return name if part in ("o_proj", "down_proj") else room
+
+
+def _path(names: Names, layer: int, name: str) -> str:
+    """What the checkpoint calls a matrix of `Shape.linears`."""
+    room, part = name.rsplit(".", 1)
+    if room.startswith("mlp.experts."):
+        return names.expert_linear(layer, int(room.rsplit(".", 1)[1]), part)[0].path
+    return names.linear(layer, part)[0].path
 
 
 class _Matrices:

@@ -40,6 +40,8 @@ def write_twin(path: Path, shape: Shape, kind: str, seed: int, progress: Progres
 
     Raises UsageError for sizes that do not fit the blocks, EvalError without the gguf package, StorageError.
     """
+    if shape.experts:
+        raise UsageError("a GGUF file of a mixture of experts", hint="give a shape without experts")
     gguf = _package()
     kind = "Q4_K" if kind == "Q4_K_M" else kind
     if kind not in TYPES:

@@ -1,7 +1,8 @@
 """Where one decode step spends its time: the native pass by phase, everything around it by who does it.
 
 Functions of this package's own runtime are wrapped while it is measured; a wrapped one counts what it spends itself,
-not what the wrapped ones inside it spend.
+not what the wrapped ones inside it spend. A step lasts from the end of the one before to its own end, by the clock:
+what runs beside a pass that was begun ahead (`ops.step.Onward`) makes it no longer.
 """
 
 import statistics
@@ -30,8 +31,11 @@ from .traffic import Traffic
 
 GREEDY = SamplingParams(temperature=0.0)
 ATTEMPTS = 8
-PRODUCTS = ("project", "out", "mlp", "head")  # phases of the native pass that multiply; `attend` reads the cache
+PRODUCTS = ("project", "out", "mlp", "head")  # phases of the native pass that multiply
+ATTENTION = "attend"  # the one that reads the cache
 NATIVE = "native call"  # what of it is no phase: arguments and checks
+WAITING = "waiting for the pass"  # in its place, where the pass was begun ahead
+BETWEEN = "between two steps"  # who asked for the reply
 PARTS: tuple[tuple[type, str, str], ...] = (
     (Generator, "step", "queue and delivery"),
     (Engine, "step", "engine"),
@@ -53,30 +57,36 @@ PARTS: tuple[tuple[type, str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Seconds of one step, medians over `steps`: `phases` of the native pass, `around` it; and bytes a step reads."""
+    """Seconds of one step, medians over `steps`: `phases` of the native pass, `around` it; and bytes a step reads.
+
+    rest   what a step takes by the clock on top of its products and its attention
+    ahead  share of the steps whose pass was begun before they were: what is `around` ran beside it
+    """
 
     threads: int
     steps: int
     whole: float
     phases: dict[str, float]
     around: dict[str, float]
+    rest: float
     read: float
     bandwidth: float
+    ahead: float = 0.0
 
     @property
     def products(self) -> float:
         """Seconds of all matrix products."""
-        return sum(self.phases.get(name, 0.0) for name in PRODUCTS)
+        return _products(self.phases)
 
     @property
     def attention(self) -> float:
         """Seconds of reading the cache."""
-        return self.phases.get("attend", 0.0)
+        return self.phases.get(ATTENTION, 0.0)
 
     @property
-    def rest(self) -> float:
-        """Seconds of everything that is neither."""
-        return sum(self.phases.values()) + sum(self.around.values()) - self.products - self.attention
+    def python(self) -> float:
+        """Seconds of everything around the pass, wherever it ran."""
+        return sum(seconds for name, seconds in self.around.items() if name != WAITING)
 
 
 class Watch:
@@ -84,11 +94,15 @@ class Watch:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.spent: dict[str, float] = {}
-        self.steps: list[dict[str, float]] = []
-        self.phases: list[dict[str, float]] = []
+        self.steps: list[dict[str, float]] = []  # what each part spent
+        self.phases: list[dict[str, float]] = []  # of the passes of these steps
+        self.walls: list[float] = []  # seconds from the end of the step before to the end of each
+        self.asides: list[float] = []  # of it, spent on asking for the phases
         self.decoding = False  # the step under way computed one token of every sequence
         self._clock = clock
         self._inside = [0.0]  # what wrapped functions spent inside the one under way
+        self._ended = clock()
+        self._aside = 0.0
 
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """`function`, counted under `name`."""
@@ -106,16 +120,13 @@ class Watch:
         return timed
 
     def run_of(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """NativeStep.run, with its phases set apart from it."""
+        """NativeStep.run and .draw, with their phases beside them."""
         counted = self.wrap(run, NATIVE)
 
         def timed(step: NativeStep, plan: Plan, *rest: Any) -> Any:
-            self._uncounted(step)
             result = counted(step, plan, *rest)
-            phases = self._uncounted(step)
+            self.phases.append(self._uncounted(step))
             self.decoding = len(plan.tokens) == len(plan.rope_lengths)
-            self.spent[NATIVE] -= sum(phases.values())
-            self.phases.append(phases)
             return result
 
         return timed
@@ -124,7 +135,9 @@ class Watch:
         """The phases since the last call; asking for them is nobody's time."""
         started = self._clock()
         phases = step.program.times(True)
-        self._inside[-1] += self._clock() - started
+        spent = self._clock() - started
+        self._inside[-1] += spent
+        self._aside += spent
         return phases
 
     def step_of(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,11 +145,14 @@ class Watch:
         counted = self.wrap(step, PARTS[0][2])
 
         def timed(*args: Any) -> Any:
-            self.spent, self.decoding = {}, False
+            self.spent, self.decoding, self._aside = {}, False, 0.0
             count = len(self.phases)
             result = counted(*args)
+            before, self._ended = self._ended, self._clock()
             if self.decoding:
                 self.steps.append(self.spent)
+                self.walls.append(self._ended - before)
+                self.asides.append(self._aside)
             else:
                 del self.phases[count:]
             return result
@@ -158,34 +174,83 @@ def watching(watch: Watch) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def break_down(runtime: Runtime, prompt: list[int], tokens: int, *, traffic: Traffic, bandwidth: float) -> Breakdown:
-    """Up to `tokens` steps behind `prompt`. ValueError if the model has no native pass."""
-    runtime.generate(prompt, max_tokens=4, sampling=GREEDY, speculate="off")
-    steps: list[dict[str, float]] = []
-    phases: list[dict[str, float]] = []
-    for cut in range(min(ATTEMPTS, len(prompt))):  # a reply may end early; another prompt makes another one
-        watch = Watch()
-        with watching(watch):
-            most = tokens + 2 - len(steps)
-            runtime.generate(prompt[: len(prompt) - cut], max_tokens=most, sampling=GREEDY, speculate="off")
-        # The first takes the prompt in, the last ends the request.
-        steps += watch.steps[1:-1]
-        phases += watch.phases[1:-1]
-        if len(steps) >= tokens:
-            break
-    if not steps:
+def break_down(
+    runtime: Runtime, prompt: list[int], tokens: int, *, traffic: Traffic, bandwidth: float, ahead: bool = True
+) -> Breakdown:
+    """Up to `tokens` steps behind `prompt`; `ahead`: passes are begun ahead where they can be. ValueError if the model
+    has no native pass."""
+    model = _model_of(runtime)
+    step, before = model.step, model.runs_ahead
+    if step is None:
+        raise ValueError("no step ran in the native pass")
+    watch, kept = Watch(), Kept()
+    try:
+        model.runs_ahead = ahead
+        runtime.generate(prompt, max_tokens=4, sampling=GREEDY, speculate="off")
+        for cut in range(min(ATTEMPTS, len(prompt))):  # a reply may end early; another prompt makes another one
+            step.program.times(True)
+            watch, most = Watch(), tokens + 2 - len(kept.walls)
+            taken = step.program.ahead[0]
+            with watching(watch):
+                runtime.generate(prompt[: len(prompt) - cut], max_tokens=most, sampling=GREEDY, speculate="off")
+            kept.add(watch, step.program.ahead[0] - taken)
+            if len(kept.walls) >= tokens:
+                break
+    finally:
+        model.runs_ahead = before
+        step.program.times(False)
+    if not kept.walls:
         raise ValueError("no step ran in the native pass")
     return Breakdown(
         threads=native.ops().set_threads(0),
-        steps=len(steps),
-        whole=statistics.median(
-            sum(step.values()) + sum(phase.values()) for step, phase in zip(steps, phases, strict=True)
-        ),
-        phases=_medians(phases),
-        around=_medians(steps),
+        steps=len(kept.walls),
+        whole=statistics.median(kept.walls),
+        phases=_medians(kept.phases),
+        around=_medians(kept.around),
+        rest=statistics.median(kept.rests),
         read=traffic.step(len(prompt) + 1, tokens),
         bandwidth=bandwidth,
+        ahead=kept.ahead / len(kept.walls),
     )
+
+
+class Kept:
+    """Steps of several replies: not the first, which takes the prompt in, nor the last, which ends the request."""
+
+    def __init__(self) -> None:
+        self.walls: list[float] = []
+        self.phases: list[dict[str, float]] = []
+        self.around: list[dict[str, float]] = []
+        self.rests: list[float] = []
+        self.ahead = 0
+
+    def add(self, watch: Watch, taken: int) -> None:
+        """Of a reply; `taken`: passes of it that were begun ahead."""
+        steps = range(1, len(watch.steps) - 1)
+        mostly = 2 * taken > len(steps)
+        for index in steps:
+            around, phases, wall = {**watch.steps[index]}, watch.phases[index], watch.walls[index]
+            # Beside a pass nobody waits for the question where time went.
+            wall -= 0.0 if mostly else watch.asides[index]
+            between = wall - sum(around.values()) - (watch.asides[index] if mostly else 0.0)
+            call = around.pop(NATIVE)
+            around |= {WAITING: call} if mostly else {NATIVE: call - sum(phases.values())}
+            self.around.append({**around, BETWEEN: between})
+            self.phases.append(phases)
+            self.walls.append(wall)
+            self.rests.append(wall - _products(phases) - phases.get(ATTENTION, 0.0))
+        self.ahead += min(taken, len(steps))
+
+
+def _model_of(runtime: Runtime) -> Transformer:
+    model = runtime._engine().model
+    if not isinstance(model, Transformer):
+        raise ValueError("it has no native pass")
+    return model
+
+
+def _products(phases: dict[str, float]) -> float:
+    return sum(phases.get(name, 0.0) for name in PRODUCTS)
 
 
 def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -200,11 +265,15 @@ def text_of(found: Breakdown) -> str:
     for name, seconds in [*((name, found.phases[name]) for name in order), *found.around.items()]:
         table.add(name, f"{seconds * 1e6:.1f}", f"{100 * seconds / found.whole:.2f}")
     floor = found.read / found.bandwidth
+    python = f"Python around the pass: {short(found.python * 1e3)} ms"
+    if found.ahead:
+        python += f", beside it in {100 * found.ahead:.0f} % of the steps, which were begun ahead"
     return "\n".join(
         [
             table.text(),
             f"a step: {short(found.whole * 1e3)} ms, of it products {short(found.products * 1e3)}, attention "
             f"{short(found.attention * 1e3)}, everything else {short(found.rest * 1e3)}",
+            python,
             f"it reads {found.read / 1e6:.0f} MB, {short(floor * 1e3)} ms at {found.bandwidth / 1e9:.1f} GB/s: "
             f"{100 * floor / found.whole:.0f} % of the bandwidth of memory",
         ]
@@ -220,6 +289,8 @@ def facts_of(found: Breakdown) -> dict[str, object]:
         "products_seconds": found.products,
         "attention_seconds": found.attention,
         "rest_seconds": found.rest,
+        "python_seconds": found.python,
+        "begun_ahead": found.ahead,
         "phases": found.phases,
         "around": found.around,
         "bytes_per_step": found.read,

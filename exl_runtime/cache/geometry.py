@@ -13,11 +13,20 @@ PAGE_SIZE = 256  # tokens of one page
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """The layers that see the same part of a sequence, and so share its pages. window: tokens, None: all of it."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CacheGeometry:
     """The shape of the keys and values of one model; every layer has the same.
 
     type       how a key or a value is held
     page_size  tokens of one page; anything but the default is for tests
+    windows    of every layer, how many of the last tokens it sees, None for all; (): all layers see all
     """
 
     layers: int
@@ -25,6 +34,7 @@ class CacheGeometry:
     head_dim: int
     type: CacheType
     page_size: int = PAGE_SIZE
+    windows: tuple[int | None, ...] = ()
 
     @property
     def row_lengths(self) -> tuple[int, int]:
@@ -40,13 +50,50 @@ class CacheGeometry:
     def bytes_per_page(self) -> int:
         return self.bytes_per_token * self.page_size
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Every layer in one of them; those that see all come first, then the widest windows."""
+        windows = self.windows or (None,) * self.layers
+        assert len(windows) == self.layers, "a window for every layer, or none at all"
+        kinds = sorted(set(windows), key=lambda window: (window is not None, -(window or 0)))
+        return tuple(Group(kind, tuple(i for i, window in enumerate(windows) if window == kind)) for kind in kinds)
+
+    def bytes_of(self, group: Group) -> int:
+        """One page of the layers of a group."""
+        return self.bytes_per_page // self.layers * len(group.layers)
+
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens of one sequence occupy."""
         return -(-tokens // self.page_size)
 
+    def pages_held(self, group: Group, tokens: int, new: int) -> int:
+        """Most pages that a sequence of `tokens` tokens holds in a group at a time, computed `new` tokens at a time."""
+        return min(self.pages_for(tokens), pages_seen(group.window, new, self.page_size, self.pages_for(tokens)))
+
     def pages_in(self, nbytes: int) -> int:
         """Whole pages that fit into `nbytes` bytes."""
         return max(0, nbytes) // self.bytes_per_page
+
+
+def first_seen(window: int | None, length: int, page_size: int) -> int:
+    """The first page of a sequence that the token behind its first `length` ones sees, and so all later ones."""
+    return 0 if window is None else max(0, length - window + 1) // page_size
+
+
+def pages_seen(window: int | None, new: int, page_size: int, most: int) -> int:
+    """Most pages on which `new` tokens in a row and all that they see lie; without a window that is `most`."""
+    return most if window is None else (window + new - 2) // page_size + 2
+
+
+def useful_window(window: int | None, context: int, page_size: int) -> int | None:
+    """`window`, or None where it sees so much of a context that keeping less would not pay, or not be safe.
+
+    A sequence that rolls past its context (`window.Roll`) loses one page, and its sinks, at most three eighths of the
+    pages, move up by as much: so far behind a window that they never come into sight again.
+    """
+    pages = context // page_size
+    hidden = (max(1, pages * 3 // 8) + 1) * page_size
+    return window if window is not None and window + hidden <= pages * page_size else None
 
 
 def free_memory(device: torch.device) -> int:

@@ -22,30 +22,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy the first `tokens` tokens of page `source` to page `target`; `source` stays held until that is done."""
+    """Copy the first `tokens` tokens of page `source` to page `target` of pool number `pool`; `source` stays held until
+    that is done."""
 
     source: int
     target: int
     tokens: int
+    pool: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A cached prefix, acquired: full `pages` with their `keys`, then the first `shared` tokens of page `source`."""
+    """A cached prefix, acquired: full `pages` with their `keys`, then the first `shared` tokens of page `source`.
+
+    The first `gone` of `pages` are out of sight: 0, not acquired.
+    """
 
     pages: list[int]
     keys: list[bytes]
     source: int | None
     shared: int
+    gone: int = 0
+
+    @property
+    def held(self) -> list[int]:
+        """All pages that were acquired."""
+        return self.pages[self.gone :] + ([] if self.source is None else [self.source])
 
 
 class PageTable:
     """Reference counts over `pages` pages of `page_size` tokens, and the prefixes they hold. Not thread-safe.
 
-    `below`: where the content of reused pages goes, and comes back from; None: it is gone.
+    `below`: where the content of reused pages goes, and comes back from; None: it is gone. `loose`: sequences give
+    their first pages back while they go on, so a page may be found although what was before it is not there.
     """
 
-    def __init__(self, pages: int, *, page_size: int = PAGE_SIZE, below: "Tiers | None" = None) -> None:
+    def __init__(
+        self, pages: int, *, page_size: int = PAGE_SIZE, below: "Tiers | None" = None, loose: bool = False
+    ) -> None:
         self.pages = pages
         self.page_size = page_size
         self.below = below
@@ -54,7 +68,7 @@ class PageTable:
         self._references = [0] * pages
         self._blank = list(range(pages - 1, -1, -1))
         self._idle: dict[int, None] = {}  # oldest first
-        self._tree = PrefixTree()
+        self._tree = PrefixTree(loose=loose)
 
     @property
     def available(self) -> int:
@@ -81,26 +95,39 @@ class PageTable:
         while start + size <= limit:
             packed = pack(tokens[start : start + size])
             following = chain(key, packed)
-            page = self._tree.find(following)
+            page = self.claim(key, packed, following)
             if page is None:
-                page = self._bring_back(key, packed, following)
-                if page is None:
-                    break
-            else:
-                self._acquire(page)
+                break
             pages.append(page)
             keys.append(following)
             key = following
             start += size
-        packed = pack(tokens[start : min(start + size, limit)])
-        found = self._tree.longest(key, packed)
-        page = self._bring_back(key, packed, None, beyond=found[1] if found else 0)
+        return Match(pages, keys, *self.claim_part(key, pack(tokens[start : min(start + size, limit)])))
+
+    def knows(self, parent: bytes, packed: bytes, key: bytes) -> bool:
+        """True while the full page `key`, `packed` behind `parent`, can be claimed, memory permitting."""
+        if self._tree.find(key) is not None:
+            return True
+        return self.below is not None and self.below.find(parent, packed, key) is not None
+
+    def claim(self, parent: bytes, packed: bytes, key: bytes) -> int | None:
+        """The full page `key`, acquired; it may come back from below. None: it does not."""
+        page = self._tree.find(key)
+        if page is None:
+            return self._bring_back(parent, packed, key)
+        self._acquire(page)
+        return page
+
+    def claim_part(self, parent: bytes, packed: bytes) -> tuple[int | None, int]:
+        """(page, n): a page behind `parent`, acquired, that shares the first n tokens with `packed`; (None, 0)."""
+        found = self._tree.longest(parent, packed)
+        page = self._bring_back(parent, packed, None, beyond=found[1] if found else 0)
         if page is not None:
-            return Match(pages, keys, page, self._tree.nodes[page].tokens)
+            return page, self._tree.nodes[page].tokens
         if found is None:
-            return Match(pages, keys, None, 0)
+            return None, 0
         self._acquire(found[0])
-        return Match(pages, keys, *found)
+        return found
 
     def has(self, key: bytes) -> bool:
         """True while a full page with this key can be found."""
@@ -214,6 +241,16 @@ class PageTable:
             else:
                 self._tree.remove(page)
                 self._blank.append(page)
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Forget the pages with these keys, which follow each other, that are idle and that no other page follows."""
+        for key in reversed(keys):
+            page = self._tree.find(key)
+            if page is not None and page in self._idle and self._tree.is_leaf(page):
+                del self._idle[page]
+                self._tree.remove(page)
+                self._blank.append(page)
+                self.version += 1
 
     def clear(self) -> None:
         """Forget all idle pages."""

@@ -55,9 +55,10 @@ class Node:
 
 
 class PrefixTree:
-    """Page -> node, key -> page, and parent key -> pages that follow it."""
+    """Page -> node, key -> page, and parent key -> pages that follow it. `loose`: no page needs its parent."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, loose: bool = False) -> None:
+        self._loose = loose
         self.nodes: dict[int, Node] = {}
         self._sealed: dict[bytes, int] = {}
         self._children: dict[bytes, dict[int, None]] = {}
@@ -84,7 +85,7 @@ class PrefixTree:
     def add(self, page: int, parent: bytes, packed: bytes, key: bytes | None) -> None:
         """Say what `page` holds, replacing what was said before."""
         self.remove(page)
-        self.nodes[page] = Node(parent, packed, key, parent not in self._sealed)
+        self.nodes[page] = Node(parent, packed, key, self._loose or parent not in self._sealed)
         self._children.setdefault(parent, {})[page] = None
         if key is not None:
             self._sealed[key] = page

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops.kv_quant import dequantize, quantize
 from ..ops.rope import rope
+from .rows import move_rows, slots_of, write_rows
 from .storage import KVStorage
 
 # layer, planned tokens -> radians per position; None where keys know no position
@@ -33,7 +34,8 @@ class Sinks:
 
 
 class SinkKeeper:
-    """Copies of sinks, the latest used longest, within `limit` bytes (the latest one always stays).
+    """Copies of sinks, the latest used longest, within `limit` bytes (the latest one always stays). Of the layers that
+    see all; out of the sight of windows there is nothing to move.
 
     stores  for every model that uses the same page numbers: its pages, and the frequencies of its layers
     """
@@ -55,7 +57,7 @@ class SinkKeeper:
         """A copy of what these pages hold, found again under `key`."""
         stores = []
         for kv, _ in self._stores:
-            layers = (kv.layer(index) for index in range(kv.geometry.layers))
+            layers = (kv.layer(index) for index in kv.geometry.groups[0].layers)
             stores.append(tuple((keys[list(pages)], values[list(pages)]) for keys, values in layers))
         sinks = Sinks(tuple(stores))
         self._kept.pop(key, None)
@@ -64,20 +66,27 @@ class SinkKeeper:
             del self._kept[next(iter(self._kept))]
         return sinks
 
-    @torch.inference_mode()
-    def write(self, sinks: Sinks, pages: Sequence[int], *, shift: int, planned: int) -> None:
-        """Put the sinks into these pages, `shift` positions later than they were computed.
+    def write(self, sinks: Sinks, pages: Sequence[int], *, shift: int, planned: int, tokens: int | None = None) -> None:
+        """Put the sinks, or only their first `tokens`, into the beginning of these pages, `shift` positions later than
+        they were computed.
 
         `planned`: tokens the sequence is planned to reach, which some ropes depend on.
         """
         for (kv, frequencies), layers in zip(self._stores, sinks.stores, strict=True):
-            key_bits = kv.geometry.type.key_bits
-            for index, (keys, values) in enumerate(layers):
+            size = kv.geometry.page_size
+            count = len(pages) * size if tokens is None else tokens
+            slots = slots_of(pages, size, 0, count)
+            for index, (keys, values) in zip(kv.geometry.groups[0].layers, layers, strict=True):
                 k_pages, v_pages = kv.layer(index)
-                turned = shifted(keys, frequencies(index, planned), shift, kv.geometry.head_dim, key_bits)
-                for place, page in enumerate(pages):
-                    k_pages[page] = turned[place]
-                    v_pages[page] = values[place]
+                some, inv_freq = keys.flatten(0, 1)[None, :count], frequencies(index, planned)
+                turned = shifted(some, inv_freq, shift, kv.geometry.head_dim, kv.geometry.type.key_bits)
+                write_rows(k_pages, slots, turned[0])
+                write_rows(v_pages, slots, values.flatten(0, 1)[:count])
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy what other tokens have in these slots, see `move_rows`."""
+        for kv, _ in self._stores:
+            move_rows(kv, sources, targets)
 
 
 def shifted(keys: Tensor, inv_freq: Tensor | None, shift: int, head_dim: int, key_bits: int = 0) -> Tensor:

@@ -4,7 +4,8 @@
 
 footer   bytes of the index (8), CRC-32 of the index (4), little endian, and END
 index    version, `identity` (see `Identity`), `root` and `tokens` (what the chained hashes are made of), and for each
-         page its tokens and the CRC-32 of its image
+         page its tokens and the CRC-32 of its image. Where layers have windows: `windows` of all layers and, of every
+         group of layers, how many first pages are `gone`; the images and pages of the groups follow each other
 
 Images as in `tiers.py`, in the machine's byte order. What cannot be used is refused in one line: a file of another
 model or cache when it is opened, a damaged page when it is read; what is missing is computed anew. Writes no file:
@@ -16,7 +17,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from ..errors import StorageError
 from .geometry import CacheGeometry
-from .prefix import Node, chain, pack
-from .tiers import Pages, Tier, read_page
+from .pools import Hit, Pools
+from .prefix import Node, chain, pack, root_key
+from .tiers import Pages, Part, Tier, read_page
 
 START = b"exl-kv-pages 1\n\0"
 END = b"exl-kv-end\n"
@@ -78,16 +80,36 @@ DIFFERENCES = {
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A prefix in the cache: `tokens` in `pages`, all of them full but the last, under `root`."""
+    """A prefix in the cache: `tokens` under `root`, and in every pool the `pages` that hold them, all of them full but
+    the last; the first `gone` are not there."""
 
     root: bytes
     tokens: Sequence[int]
-    pages: Sequence[int]
+    pages: Sequence[Sequence[int]]
+    gone: Sequence[int] = (0,)
 
 
-def snapshot_bytes(geometry: CacheGeometry, tokens: int) -> int:
-    """About how large the file for that many tokens is: exact but for the index, which takes some bytes a token."""
-    return tokens * geometry.bytes_per_token + geometry.pages_for(tokens) * 40 + tokens * 6 + 512
+def longest_contents(pools: Pools, roots: Iterable[bytes], tokens: Sequence[int]) -> tuple[Contents, Hit]:
+    """The longest beginning of `tokens` in the cache under one of these roots, and what was acquired of it."""
+    best, kept = Contents(root_key(0), (), ((),)), Hit([], ())
+    for root in roots:
+        hit = pools.match(tokens, root=root)
+        count = len(hit.keys) * pools.page_size + hit.shared
+        if count > len(best.tokens):
+            hit, kept = kept, hit
+            pages = [[*match.pages, *([] if match.source is None else [match.source])] for match in kept.matches]
+            best = Contents(root, tuple(tokens[:count]), pages, [match.gone for match in kept.matches])
+        pools.give_up(hit)
+    return best, kept
+
+
+def snapshot_bytes(geometry: CacheGeometry, tokens: int, gone: Sequence[int] = (0,)) -> int:
+    """About how large the file for that many tokens is: exact but for the index, which takes some bytes a token.
+    `gone`: see `Contents`."""
+    size, total = geometry.page_size, tokens * 6 + 512
+    for group, pages in zip(geometry.groups, gone, strict=True):
+        total += (tokens - pages * size) * geometry.bytes_of(group) // size + (geometry.pages_for(tokens) - pages) * 40
+    return total
 
 
 def pieces(kv: Pages, contents: Contents, identity: Identity) -> Iterator[bytes | memoryview]:
@@ -95,11 +117,13 @@ def pieces(kv: Pages, contents: Contents, identity: Identity) -> Iterator[bytes 
     size = kv.geometry.page_size
     pages = []
     yield START
-    for number, page in enumerate(contents.pages):
-        count = min(size, len(contents.tokens) - number * size)
-        image = memoryview(read_page(kv, page, count).numpy())
-        pages.append({"tokens": count, "sum": zlib.crc32(image)})
-        yield image
+    for group, (held, gone) in enumerate(zip(contents.pages, contents.gone, strict=True)):
+        part = Part.of(kv, group)
+        for number, page in enumerate(held[gone:], gone):
+            count = min(size, len(contents.tokens) - number * size)
+            image = memoryview(read_page(part, page, count).numpy())
+            pages.append({"tokens": count, "sum": zlib.crc32(image)})
+            yield image
     index = {
         "version": VERSION,
         "identity": asdict(identity),
@@ -107,33 +131,39 @@ def pieces(kv: Pages, contents: Contents, identity: Identity) -> Iterator[bytes 
         "tokens": list(contents.tokens),
         "pages": pages,
     }
+    if kv.geometry.windows:
+        index |= {"windows": kv.geometry.windows, "gone": list(contents.gone)}
     text = json.dumps(index, separators=(",", ":")).encode("ascii")
     yield text
     yield FOOTER.pack(len(text), zlib.crc32(text)) + END
 
 
-class Snapshot(Tier):
-    """An open snapshot, to be asked for its pages. Removing or replacing the file does not touch an open one."""
+class Snapshot:
+    """An open snapshot. Removing or replacing the file does not touch an open one.
 
-    name = "disk"
+    tiers  for every group of layers, to be asked for its pages
+    held   tokens in it
+    """
 
     def __init__(self, path: Path, descriptor: int, index: dict[str, Any], geometry: CacheGeometry) -> None:
         """Use `open`."""
-        super().__init__()
         self.path = path
         self.nbytes = os.fstat(descriptor).st_size
-        self.held = len(index["tokens"])  # tokens in it
+        self.held = len(index["tokens"])
         self.root = bytes.fromhex(index["root"])
         self._descriptor = descriptor
-        self._places: list[tuple[int, int, int]] = []  # offset, bytes, sum
-        parent, done, offset = self.root, 0, len(START)
-        for slot, page in enumerate(index["pages"]):
-            packed = pack(index["tokens"][done : done + page["tokens"]])
-            key = chain(parent, packed) if page["tokens"] == geometry.page_size else None
-            self._tree.add(slot, parent, packed, key)
-            length = page["tokens"] * geometry.bytes_per_token
-            self._places.append((offset, length, page["sum"]))
-            parent, done, offset = key or b"", done + page["tokens"], offset + length
+        sums, offset = iter(index["pages"]), len(START)
+        tiers = []
+        for group, gone in zip(geometry.groups, index.get("gone", (0,)), strict=True):
+            tier = DiskTier(self)
+            for slot, node in enumerate(_nodes(self.root, index["tokens"], geometry.page_size)):
+                if slot < gone:
+                    continue
+                length = node.tokens * geometry.bytes_of(group) // geometry.page_size
+                tier.put(slot, node, (offset, length, next(sums)["sum"]))
+                offset += length
+            tiers.append(tier)
+        self.tiers = tuple(tiers)
 
     @classmethod
     def open(cls, path: Path, identity: Identity, geometry: CacheGeometry) -> "Snapshot":
@@ -155,14 +185,41 @@ class Snapshot(Tier):
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-        self.clear()
+        for tier in self.tiers:
+            tier.clear()
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
             os.close(self._descriptor)
 
+    def read(self, offset: int, image: Tensor) -> bool:
+        """Fill `image`, uint8 (n,), from there on. False where the file ends before; raises OSError."""
+        view, done = memoryview(image.numpy()), 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            if count == 0:
+                return False
+            done += count
+        return True
+
+
+class DiskTier(Tier):
+    """The pages of one group of layers in a snapshot."""
+
+    name = "disk"
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__()
+        self._snapshot = snapshot
+        self._places: dict[int, tuple[int, int, int]] = {}  # offset, bytes, sum
+
+    def put(self, slot: int, node: Node, place: tuple[int, int, int]) -> None:
+        """The image of this page lies there."""
+        self._tree.add(slot, node.parent, node.packed, node.key)
+        self._places[slot] = place
+
     def node(self, slot: int) -> Node | None:
-        """What page `slot` of the file holds; None once it turned out to be damaged."""
+        """What page `slot` of the conversation holds; None where it is not there, or turned out to be damaged."""
         return self._tree.nodes.get(slot)
 
     def _loader(self, slot: int) -> Callable[[], Sequence[Tensor]]:
@@ -171,24 +228,29 @@ class Snapshot(Tier):
     def _read(self, slot: int) -> Tensor:
         offset, length, wanted = self._places[slot]
         image = torch.empty(length, dtype=torch.uint8)
-        view = memoryview(image.numpy())
         try:
-            done = 0
-            while done < length:
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-                if count == 0:
-                    break
-                done += count
+            whole = self._snapshot.read(offset, image)
         except OSError as err:
             self._tree.remove(slot)
             raise self._broken(slot, err.strerror or str(err)) from err
-        if done < length or zlib.crc32(view) != wanted:
+        if not whole or zlib.crc32(memoryview(image.numpy())) != wanted:
             self._tree.remove(slot)
             raise self._broken(slot, "it is damaged")
         return image
 
     def _broken(self, slot: int, why: str) -> StorageError:
-        return StorageError(f"{self.path.name}: page {slot} of the keys and values: {why}; computing from there on")
+        name = self._snapshot.path.name
+        return StorageError(f"{name}: page {slot} of the keys and values: {why}; computing from there on")
+
+
+def _nodes(root: bytes, tokens: Sequence[int], size: int) -> Iterator[Node]:
+    """What the pages of a conversation hold."""
+    parent = root
+    for number in range(-(-len(tokens) // size)):
+        packed = pack(tokens[number * size : (number + 1) * size])
+        key = chain(parent, packed) if (number + 1) * size <= len(tokens) else None
+        yield Node(parent, packed, key, number == 0)
+        parent = key or b""
 
 
 def _index(path: Path, descriptor: int) -> dict[str, Any]:
@@ -226,20 +288,26 @@ def _check(path: Path, descriptor: int, index: dict[str, Any], identity: Identit
     tokens, pages, root = index.get("tokens"), index.get("pages"), index.get("root")
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
         raise _refused(path, "damaged")
-    counts = [geometry.page_size] * (len(tokens) // geometry.page_size)
-    counts += [len(tokens) % geometry.page_size] if len(tokens) % geometry.page_size else []
+    windows, gone = index.get("windows", []), index.get("gone", [0])
+    if windows != list(geometry.windows):
+        raise _refused(path, "made where other tokens stay in sight of the layers (another --context)")
+    size, groups = geometry.page_size, geometry.groups
+    counts = [size] * (len(tokens) // size) + ([len(tokens) % size] if len(tokens) % size else [])
+    if not isinstance(gone, list) or len(gone) != len(groups) or not all(type(n) is int and n >= 0 for n in gone):
+        raise _refused(path, "damaged")
     good = (
         isinstance(root, str)
         and len(root) == 2 * DIGEST
         and set(root) <= set("0123456789abcdef")
         and isinstance(pages, list)
         and all(isinstance(page, dict) and type(page.get("sum")) is int for page in pages)
-        and [page.get("tokens") for page in pages] == counts
+        and [page.get("tokens") for page in pages] == [count for first in gone for count in counts[first:]]
     )
     if not good:
         raise _refused(path, "damaged")
     room = os.fstat(descriptor).st_size - len(START) - FOOTER.size - len(END)
-    if len(tokens) * geometry.bytes_per_token > room:
+    kept = zip(groups, gone, strict=True)
+    if sum(sum(counts[first:]) * geometry.bytes_of(group) // size for group, first in kept) > room:
         raise _refused(path, "cut short")
 
 

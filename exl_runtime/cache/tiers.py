@@ -7,7 +7,7 @@ each layer in order the keys, then the values, each (n, kv_heads, row) as in `KV
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,6 +29,24 @@ class Pages(Protocol):
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key pages and value pages of one layer, each (pages, page_size, kv_heads, row)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The pages of some layers of a storage."""
+
+    geometry: CacheGeometry
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, kv: Pages, group: int) -> "Part":
+        """The layers of one group."""
+        layers = kv.geometry.groups[group].layers
+        return cls(replace(kv.geometry, layers=len(layers), windows=()), tuple(kv.layer(index) for index in layers))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """See `Pages`."""
+        return self.layers[index]
 
 
 def host_limit(requested: int | str, device: torch.device) -> int:
@@ -173,8 +191,22 @@ class HostTier(Tier):
         return lambda: images
 
 
+def tiers_of(stores: Sequence[Pages], *, host_bytes: int = 0) -> "list[Tiers]":
+    """What lies below the page table of every group of layers. `stores` have the same groups; each group gets the share
+    of `host_bytes` that its layers have of all."""
+    groups = stores[0].geometry.groups
+    assert all(len(store.geometry.groups) == len(groups) for store in stores), "stores with other groups"
+    if len(groups) == 1:
+        return [Tiers(stores, host_bytes=host_bytes)]
+    layers = stores[0].geometry.layers
+    shares = [host_bytes * len(group.layers) // layers for group in groups]
+    return [
+        Tiers([Part.of(store, number) for store in stores], host_bytes=share) for number, share in enumerate(shares)
+    ]
+
+
 class Tiers:
-    """What lies below the page table. `stores`: the memory behind the pages, first that of the model itself; others
+    """What lies below a page table. `stores`: the memory behind the pages, first that of the model itself; others
     (of a draft model) share its page numbers, and what a tier does not know of theirs stays as it is."""
 
     def __init__(self, stores: Sequence[Pages], *, host_bytes: int = 0) -> None:

@@ -55,7 +55,7 @@ def meta(value: object, where: str) -> ReplyMeta:
     if unknown := sorted(set(given) - set(known)):
         raise Wrong(f"{where} has the unknown entry {clean_line(repr(unknown[0]), 40)}")
     for name, kind in known.items():
-        entry = given.get(name, 0 if name.startswith("dropped") else None)
+        entry = given.get(name, 0 if name.startswith(("dropped", "thought")) else None)
         if kind is str:
             text(entry, f"{name} in {where}")
         elif isinstance(entry, bool) or not isinstance(entry, int if kind is int else (int, float)):

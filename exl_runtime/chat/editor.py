@@ -14,6 +14,8 @@ from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.typeahead import store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
@@ -25,8 +27,7 @@ from ..console.terminal import Terminal, state_dir, user_text
 from .commands import COMMANDS
 from .export import FORMATS
 from .presets import BUILT_IN
-from .settings import setting_names
-from .thinking import MODES
+from .settings import THOUGHTS, setting_names
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", "… "
@@ -89,7 +90,7 @@ class CommandCompleter(Completer):
                 if preset.startswith(rest.lower()):
                     yield Completion(preset, start_position=-len(rest))
         elif name == "think" and " " not in rest:
-            for mode in MODES:
+            for mode in THOUGHTS:
                 if mode.startswith(rest.lower()):
                     yield Completion(mode, start_position=-len(rest))
         elif name == "export" and " " not in rest:
@@ -145,8 +146,9 @@ class PromptEditor:
 
 def _bindings() -> KeyBindings:
     keys = KeyBindings()
+    writing = has_focus(DEFAULT_BUFFER)  # not while searching with Ctrl-R, where Enter takes what was found
 
-    @keys.add("enter")
+    @keys.add("enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         buffer: Buffer = event.current_buffer
         if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
@@ -156,7 +158,7 @@ def _bindings() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline()
 

@@ -6,7 +6,7 @@ a content security policy forbids the browser to load anything.
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from markdown_it import MarkdownIt
@@ -23,22 +23,35 @@ STYLE = (
 )
 
 
-def export(kind: str, turns: Sequence[Turn], *, system: str | None, model: str, settings: dict[str, object]) -> str:
-    """The conversation as a document of one of FORMATS."""
+def export(
+    kind: str,
+    turns: Sequence[Turn],
+    *,
+    system: str | None,
+    model: str,
+    settings: dict[str, object],
+    parts: Callable[[Turn], tuple[str, str]] = lambda turn: ("", turn.content),
+) -> str:
+    """The conversation as a document of one of FORMATS. parts: thoughts and answer of a turn."""
     if kind == "json":
-        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
         for turn in turns:
-            messages.append({**turn.message, **({} if turn.meta is None else {"meta": asdict(turn.meta)})})
+            thoughts, answer = parts(turn)
+            message: dict[str, object] = {"role": turn.role, "content": answer}
+            message |= {"reasoning_content": thoughts} if thoughts else {}
+            messages.append(message | ({} if turn.meta is None else {"meta": asdict(turn.meta)}))
         document = {"model": model, "settings": settings, "messages": messages}
         return json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    parts = [] if system is None else [("System", "system", system)]
-    parts += [(NAMES[turn.role], turn.role, turn.content) for turn in turns]
+    spoken = [] if system is None else [("System", "system", "", system)]
+    spoken += [(NAMES[turn.role], turn.role, *parts(turn)) for turn in turns]
     if kind == "md":
-        return "\n".join([f"# Chat with {model}\n", *(f"## {name}\n\n{text.rstrip()}\n" for name, _, text in parts)])
+        sections = [f"## {name}\n\n{_quoted(thoughts)}{text.rstrip()}\n" for name, _, thoughts, text in spoken]
+        return "\n".join([f"# Chat with {model}\n", *sections])
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
     title = f"Chat with {html.escape(model)}"
     body = "".join(
-        f'<h2>{name}</h2>\n<article class="{role}">\n{markdown.render(text)}</article>\n' for name, role, text in parts
+        f'<h2>{name}</h2>\n<article class="{role}">\n{_folded(thoughts)}{markdown.render(text)}</article>\n'
+        for name, role, thoughts, text in spoken
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -46,3 +59,13 @@ def export(kind: str, turns: Sequence[Turn], *, system: str | None, model: str, 
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}</body></html>\n"
     )
+
+
+def _quoted(thoughts: str) -> str:
+    """As a quotation before the answer."""
+    return "".join(f"> {line}".rstrip() + "\n" for line in thoughts.splitlines()) + "\n" if thoughts else ""
+
+
+def _folded(thoughts: str) -> str:
+    """As a fold that a click opens."""
+    return f"<details><summary>Thoughts</summary><pre>{html.escape(thoughts)}</pre></details>\n" if thoughts else ""

@@ -56,6 +56,15 @@ def render_lines(source: str, console: Console, width: int) -> list[str]:
         rows = []
     if not any(segment.text.strip() for row in rows for segment in row):  # too deep, or a definition: show the source
         rows = _rows(Text(clean(source)), console, width)
+    return _lines(rows, console)
+
+
+def plain_lines(text: str, console: Console, width: int, *, style: str) -> list[str]:
+    """The same for text that is no Markdown, in one style."""
+    return _lines(_rows(Text(clean(text), style=style), console, width), console)
+
+
+def _lines(rows: list[list[Segment]], console: Console) -> list[str]:
     with console.capture() as capture:
         console.print(Segments(_safe(rows)), end="", crop=False)
     lines = capture.get().split("\n")

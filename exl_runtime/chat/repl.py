@@ -15,6 +15,7 @@ from ..generation.request import Result
 from ..generation.stream import Dropped, Finished, Text
 from . import memory, status
 from .commands import Conversation, handle, message, show_loaded
+from .converse import Shown
 from .editor import Editor
 from .interrupts import quiet_keyboard
 from .screen import Screen
@@ -154,24 +155,26 @@ def run_piped(session: ChatSession, lines: Iterable[str], screen: Screen, *, ver
 
 def _pipe_reply(session: ChatSession, text: str, screen: Screen) -> Result:
     reply = screen.reply()
-    forgotten, dropped, said = len(session.forgotten), 0, False
+    shown = Shown(session, reply)
+    forgotten, dropped = len(session.forgotten), 0
     result: Result | None = None
     try:
         for event in session.stream(text):
             if isinstance(event, Text):
-                reply.text(event.text)
-                said = True
+                shown.take(event)
             elif isinstance(event, Dropped):
                 dropped += event.tokens
             elif isinstance(event, Finished):
                 result = event.result
     except ExlError:
         # Nothing is written for a message that could not be answered; a reply that broke off keeps what was said.
-        reply.finish() if said else reply.discard()
+        shown.finish()
+        reply.finish() if shown.anything else reply.discard()
         raise
     except BaseException:
         reply.finish()
         raise
+    shown.finish()
     reply.finish()
     if dropped:
         screen.warning(status.dropped_notice(session.forgotten[forgotten:], dropped))

@@ -14,9 +14,10 @@ from rich.console import Console
 from ..console.terminal import clean
 from .blocks import BlockSplitter
 from .live import LiveRegion
-from .markdown import render_lines
+from .markdown import plain_lines, render_lines
 
 FRAME_SECONDS = 0.04
+OPENING, CLOSING = "<think>\n", "\n</think>\n\n"
 KEPT_CODE_LINES = 4  # complete lines of a long code block that stay live
 
 
@@ -24,24 +25,41 @@ class Reply(Protocol):
     """Where the text of one reply goes."""
 
     def waiting(self, note: str) -> None: ...
+    def thought(self, piece: str) -> None: ...
     def text(self, piece: str) -> None: ...
     def finish(self) -> None: ...
     def discard(self) -> None: ...
 
 
 class PlainReply:
-    """Text as it is, for pipes and simple terminals; always ends a line."""
+    """Text as it is, for pipes and simple terminals; always ends a line. Thoughts stand between marks."""
 
     def __init__(self, out: TextIO, *, filtered: bool) -> None:
         self._out = out
         self._filtered = filtered
         self._last = ""
+        self._thinking = False
 
     def waiting(self, note: str) -> None:
         """Nothing: a plain stream carries the reply only."""
 
+    def thought(self, piece: str) -> None:
+        """The same as `text`, for what comes before the answer."""
+        opening = "" if self._thinking else OPENING
+        self._thinking = True
+        self._write(opening + piece)
+
     def text(self, piece: str) -> None:
         """Write and flush; `filtered` keeps control characters from a terminal."""
+        self._end_thoughts()
+        self._write(piece)
+
+    def _end_thoughts(self) -> None:
+        if self._thinking:
+            self._thinking = False
+            self._write(CLOSING)
+
+    def _write(self, piece: str) -> None:
         piece = clean(piece) if self._filtered else piece
         if piece:
             self._out.write(piece)
@@ -50,6 +68,8 @@ class PlainReply:
 
     def finish(self) -> None:
         """Close the last line."""
+        if self._thinking:
+            self._write(CLOSING.rstrip("\n"))
         if self._last != "\n":
             self._out.write("\n")
         self._out.flush()
@@ -59,7 +79,7 @@ class PlainReply:
 
 
 class StyledReply:
-    """Markdown, live."""
+    """Markdown, live; thoughts before it are plain and dim."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -70,6 +90,7 @@ class StyledReply:
         self._done: list[str] = []  # finished blocks not on the screen yet
         self._given = 0  # lines of the growing code block that are in the scrollback already
         self._first = True
+        self._thinking = False
 
     def waiting(self, note: str) -> None:
         """A dim line in place of the text that is not there yet."""
@@ -78,8 +99,22 @@ class StyledReply:
                 self._console.print(clean(note), style="dim", end="", markup=False, highlight=False, crop=True)
             self._region.frame([], [capture.get()])
 
+    def thought(self, piece: str) -> None:
+        """Add to the thoughts."""
+        self._switch(thinking=True)
+        self._add(piece)
+
     def text(self, piece: str) -> None:
         """Add text; redraw if the last frame is old enough."""
+        self._switch(thinking=False)
+        self._add(piece)
+
+    def _switch(self, *, thinking: bool) -> None:
+        if thinking != self._thinking:
+            self.finish()
+            self._thinking, self._splitter = thinking, BlockSplitter()
+
+    def _add(self, piece: str) -> None:
         self._done += self._splitter.push(piece)
         now = self._clock()
         if now >= self._next_frame:
@@ -103,11 +138,14 @@ class StyledReply:
         self._done = []
         tail = self._splitter.tail
         live = self._render(tail) if tail.strip() else []
-        if len(live) - self._given > self._region.height and self._splitter.fence is not None:
+        code = self._splitter.fence is not None and not self._thinking
+        if code and len(live) - self._given > self._region.height:
             finished += self._hand_over_code()
         self._region.frame(finished, self._rest(live) if live else [])
 
     def _render(self, block: str) -> list[str]:
+        if self._thinking:
+            return plain_lines(block, self._console, self._region.width, style="dim italic")
         return render_lines(block, self._console, self._region.width)
 
     def _rest(self, lines: list[str]) -> list[str]:

@@ -10,16 +10,17 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..console.terminal import clean_line
 from ..errors import SessionError, UsageError
-from ..generation.request import Result
+from ..generation.request import Left, Result
 from ..generation.stream import Dropped, Event, Finished, Text
+from ..tokenizer.past import Past
 from . import history
 from .branching import Branching, checked
 from .collected import Collected
-from .continuing import continuation
+from .continuing import continuation, joined, known_ids, led_away
 from .history import Transcript
 from .kv import KVBeside, remove_kv
 from .recall import recall
@@ -27,15 +28,15 @@ from .record import GrowingReply, Record
 from .session_file import SessionFile, read_session
 from .settings import ReplySettings
 from .steps import Go, Remove
+from .thinking import Voice
 from .tree import START, Node
-from .turn import CUT_SHORT, ReplyMeta, Turn
+from .turn import ReplyMeta, Turn
 
 if TYPE_CHECKING:
     from ..runtime import Runtime, Stream
     from ..sampling.params import SamplingParams
 
 __all__ = ["ChatSession", "ReplyMeta", "ReplySettings", "Turn"]
-HALF = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,13 @@ class ChatSession(Branching):
             settings = settings if sampling is None else replace(settings, sampling=sampling)
             settings = settings if max_tokens is None else replace(settings, max_tokens=max_tokens)
         self.runtime = runtime
+        self._voice: Voice | None = None
         system = checked(system, "the system prompt") if system is not None else None
         super().__init__(Record(Transcript(system=system, model=runtime.info.name), settings))
         self.kv = KVBeside(lambda: (self.runtime, self.seen_messages))
         self._stream: Stream | None = None  # of the reply that is being made
         self._stop_asked = False
+        self._past = Past()
 
     # --- what there is ----------------------------------------------------------------------------------------
 
@@ -101,6 +104,13 @@ class ChatSession(Branching):
         self._check_idle()
         self._record.system = None if text is None else checked(text, "the system prompt")
         self._left = 0
+
+    @property
+    def voice(self) -> Voice:
+        """How the replies of the model are read: what of them are thoughts."""
+        if self._voice is None:
+            self._voice = Voice.of(self.runtime)
+        return self._voice
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -180,7 +190,7 @@ class ChatSession(Branching):
     def use(self, runtime: "Runtime") -> None:
         """Go on with another model. The one before is not closed."""
         self._check_idle()
-        self.runtime, self._left = runtime, 0
+        self.runtime, self._left, self._voice = runtime, 0, None
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -277,30 +287,41 @@ class ChatSession(Branching):
         if record.changes != since:
             raise UsageError("the conversation went on since this stream was made", hint="make a new one")
         before = (record.tree.current, self._left)
-        known = self._known_ids(plan.continued)
+        tokenizer = self.runtime.tokenizer
+        known = () if plan.continued is None else known_ids(plan.continued, self.voice, tokenizer)
         collected = Collected()
         self._left, self._making = plan.left, True
         asked = plan.base if plan.says is None else record.add(plan.base, "user", plan.says)
         reply = GrowingReply(record, asked, plan.continued, known)
         turns = tuple(node.turn for node in record.tree.path(asked))
+        voice = self.voice if self.settings.grammar is None else Voice()  # what follows a grammar is no thought
+        reading = voice.reading(plan.continued)
         try:
             seen = self._messages(turns[self._left :])
-            whole = None if plan.continued is None else continuation(self.runtime, seen, known, self.settings)
+            past, whole = self._past.of(turns[: self._left], self._message), None
+            more: dict[str, Any] = {"left": Left(past=past)} if past else {}
+            if plan.continued is not None:
+                whole = continuation(self.runtime, seen, known, self.settings, past)
+                more = {"left": whole.left, "keep": whole.keep}
             self._stream = self.runtime.stream(
                 seen if whole is None else list(whole.ids),
                 max_tokens=self.settings.max_tokens,
                 sampling=self.settings.sampling,
                 stop=self.settings.stop,
                 overflow=self.settings.overflow,
+                **more,
                 **self.settings.steering,
+                **led_away(self.runtime, seen, known, self.settings),
+                **voice.options,
             )
             with closing(self._stream):
                 if self._stop_asked:  # while the prompt was prepared
                     self._stream.cancel()
-                for event in self._stream if whole is None else whole.told(self._stream):
+                for event in voice.heard(self._stream if whole is None else whole.told(self._stream)):
                     collected.take(event)
                     if isinstance(event, Text):
                         reply.take(event)
+                        reading.take(event)
                     elif isinstance(event, Dropped):
                         self._left = _skip(turns, self._left, event.turns)
                     if not isinstance(event, Finished):
@@ -310,8 +331,10 @@ class ChatSession(Branching):
             self._making, self._stream, self.kv.due = False, None, True
             result = collected.result()
             if result.text or (collected.complete and result.stop_reason not in ("cancelled", "deadline")):
-                text, ids = self._whole(plan.continued, known, result)
-                reply.settle(text, _meta(result), ids)
+                text, ids = result.text, result.ids
+                if plan.continued is not None:
+                    text, ids = joined(plan.continued, known, result, self.voice, tokenizer)
+                reply.settle(text, _meta(result, reading.tokens), ids)
             else:
                 if plan.says is not None:
                     record.do(Remove(asked))
@@ -319,33 +342,21 @@ class ChatSession(Branching):
                 self._left = before[1]
         yield Finished(collected.request_id, result)
 
-    def _whole(self, continued: Node | None, known: tuple[int, ...], result: Result) -> tuple[str, tuple[int, ...]]:
-        """Text and tokens of the reply, with what it continues."""
-        if continued is None:
-            return result.text, result.ids
-        # Together the tokens may say it differently than in two parts (a blank between words belongs to one).
-        # A character cut in two shows as U+FFFD at the seam of each part, and as itself in the whole.
-        ids = (*known, *result.ids)
-        whole, start = self.runtime.tokenizer.decode(ids), continued.turn.content
-        fits = whole.startswith(start.rstrip(HALF)) and whole.endswith(result.text.lstrip(HALF))
-        return whole if fits else start + result.text, ids
-
-    def _known_ids(self, node: Node | None) -> tuple[int, ...]:
-        """Tokens of the reply to go on with: those that were generated, or the text encoded as mere text."""
-        if node is None:
-            return ()
-        tokenizer, content = self.runtime.tokenizer, node.turn.content
-        cut = node.turn.meta is None or node.turn.meta.stop_reason in CUT_SHORT
-        ours = cut and node.ids and max(node.ids) < tokenizer.vocab_size  # a file may be from another model
-        if ours and tokenizer.decode(node.ids).startswith(content.rstrip(HALF)):
-            return node.ids
-        return tuple(tokenizer.encode(content, parse_special=False))
-
     # --- helpers ----------------------------------------------------------------------------------------------
 
     def _messages(self, turns: tuple[Turn, ...]) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, *(turn.message for turn in turns)]
+        return [*system, *(self._message(turn) for turn in turns)]
+
+    def said(self, turn: Turn) -> str:
+        """What a turn says: without thoughts, unless there is nothing else."""
+        thoughts, answer = self.voice.parts(turn)
+        return answer or thoughts
+
+    def _message(self, turn: Turn) -> dict[str, str]:
+        """Thoughts apart from the answer: the template knows what of them the model is to see again."""
+        thoughts, answer = self.voice.parts(turn)
+        return {"role": turn.role, "content": answer} | ({"reasoning_content": thoughts} if thoughts else {})
 
 
 def _skip(turns: tuple[Turn, ...], start: int, count: int) -> int:
@@ -354,7 +365,7 @@ def _skip(turns: tuple[Turn, ...], start: int, count: int) -> int:
     return users[min(count, len(users) - 1)]
 
 
-def _meta(result: Result) -> ReplyMeta:
+def _meta(result: Result, thought_tokens: int) -> ReplyMeta:
     return ReplyMeta(
         stop_reason=result.stop_reason,
         prompt_tokens=result.prompt_tokens,
@@ -364,6 +375,7 @@ def _meta(result: Result) -> ReplyMeta:
         seconds_decode=result.seconds_decode,
         dropped_tokens=result.dropped_tokens,
         dropped_turns=result.dropped_turns,
+        thought_tokens=thought_tokens,
     )
 
 

@@ -18,6 +18,8 @@ from ..sampling.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
 NOT_TYPED = ("sampling", "grammar")  # one has its own names, the other its own command
+PLAIN = ("guidance", "negative", "thoughts")  # as JSON has them
+THOUGHTS = ("show", "fold", "hide")
 NOTHING = ("none", "off", "null")
 
 
@@ -28,6 +30,9 @@ class ReplySettings:
     banned_strings: texts that never appear in it; grammar: what it has to look like.
     stop_ids: tokens that end it; stop_loop: (longest, times), it ends when up to `longest` tokens have come so
     often in a row.
+    guidance: how far it is led away from what would be said with `negative` as the system prompt, or with none
+    where that is empty; 1 not at all.
+    thoughts: what is shown of what the model thinks before it answers, "show" | "fold" | "hide".
     """
 
     max_tokens: int = DEFAULT_MAX_TOKENS
@@ -37,6 +42,9 @@ class ReplySettings:
     stop_ids: tuple[int, ...] = ()
     stop_loop: tuple[int, int] | None = None
     grammar: Grammar | None = None
+    guidance: float = 1.0
+    negative: str = ""
+    thoughts: str = "fold"
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
@@ -54,7 +62,12 @@ class ReplySettings:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.stop_ids, tuple) or not all(type(id) is int and id >= 0 for id in self.stop_ids):
             raise UsageError(f"stop_ids is {self.stop_ids!r:.80}", hint="give token ids; /tokens TEXT shows them")
-        Request(prompt=(0,), stop_loop=self.stop_loop)  # whose checks these are
+        if not isinstance(self.negative, str):
+            raise UsageError(f"negative is {self.negative!r:.60}", hint="give a text")
+        other = (0,) if self.guidance != 1 else ()
+        Request(prompt=(0,), stop_loop=self.stop_loop, guidance=self.guidance, negative_prompt=other)  # its checks
+        if self.thoughts not in THOUGHTS:
+            raise UsageError(f"thoughts is {self.thoughts!r:.60}", hint=f"use one of {', '.join(THOUGHTS)}")
         if self.overflow not in OVERFLOWS:
             raise UsageError(f"unknown overflow policy {self.overflow!r}", hint=f"use one of {', '.join(OVERFLOWS)}")
 
@@ -73,6 +86,8 @@ class ReplySettings:
             plain["stop_ids"] = list(self.stop_ids)
         if self.stop_loop is not None:
             plain["stop_loop"] = list(self.stop_loop)
+        default = ReplySettings.__dataclass_fields__
+        plain |= {name: getattr(self, name) for name in PLAIN if getattr(self, name) != default[name].default}
         if self.grammar is not None:
             plain["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
         return plain
@@ -146,7 +161,7 @@ def change(settings: ReplySettings, name: str, text: str) -> ReplySettings:
     default = get_setting(ReplySettings(), name)
     kind = get_type_hints(ReplySettings if name in _own() else SamplingParams)[name]
     word = text.strip().lower()
-    empty = default is None or isinstance(default, tuple | Mapping)
+    empty = default is None or default == "" or isinstance(default, tuple | Mapping)
     if word == "default":
         value = default
     elif word in NOTHING and empty:
@@ -186,7 +201,8 @@ def parse(name: str, kind: Any, text: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         return dict(_pair(name, arguments, word) for word in _words(name, text))
     if kind is str:
-        return text
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+        return text[1:-1] if quoted else text
     try:
         if kind is bool:
             return {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}[text.lower()]
@@ -215,7 +231,7 @@ def _words(name: str, text: str) -> list[str]:
 
 def shown(value: Any) -> str:
     """A value as `change` would read it."""
-    if value is None:
+    if value is None or value == "":
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -8,7 +8,10 @@ CUT_SHORT = ("length", "cancelled", "deadline")  # stop reasons after which a re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyMeta:
-    """Numbers of one reply: lengths in tokens, times in seconds. `stop_reason` as in `Result`."""
+    """Numbers of one reply: lengths in tokens, times in seconds. `stop_reason` as in `Result`.
+
+    thought_tokens  of generated_tokens were thoughts before the answer
+    """
 
     stop_reason: str
     prompt_tokens: int
@@ -18,6 +21,7 @@ class ReplyMeta:
     seconds_decode: float
     dropped_tokens: int = 0
     dropped_turns: int = 0
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

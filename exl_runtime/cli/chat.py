@@ -5,19 +5,22 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..chat.settings import DEFAULT_MAX_TOKENS, ReplySettings
+from ..chat.settings import DEFAULT_MAX_TOKENS, THOUGHTS, ReplySettings
 from ..console.terminal import Terminal, clean_line, user_text
 from ..errors import UsageError
 from ..sampling.params import SamplingParams
 from .options import (
+    GUIDANCE,
+    add_constraints,
     add_loading,
     add_model,
     add_output,
     add_reply,
     add_sampling,
     chosen_sampling,
+    chosen_shape,
     given_sampling,
     open_runtime,
     stop_texts,
@@ -40,6 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
     add_reply(parser, overflow=OVERFLOW, max_tokens=None, shown=f"{DEFAULT_MAX_TOKENS}, demo {DEMO_MAX_TOKENS}")
     add_sampling(parser, temperature=f"default: {SamplingParams().temperature:g}, demo {DEMO_TEMPERATURE:g}")
+    add_constraints(parser, chat=True)
     group = parser.add_argument_group("the terminal")
     group.add_argument("--load", metavar="FILE", help="go on with a saved conversation, or number N of --list")
     group.add_argument("--resume", action="store_true", help="go on with the conversation that was kept last")
@@ -49,6 +53,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--save-kv",
         action="store_true",
         help="keep what was computed too (large), so that going on with this conversation later starts at once",
+    )
+    group.add_argument(
+        "--thoughts",
+        choices=THOUGHTS,
+        help="what the model thinks before it answers: shown, folded into one line, or hidden (default: fold)",
     )
     group.add_argument("--plain", action="store_true", help="no colours, no cursor movement, a simple input line")
     group.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does the same)")
@@ -73,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         stop_loop=args.stop_loop,
         overflow=args.overflow,
         sampling=chosen_sampling(args),
+        **shaped(args),
     )
     kept = _kept(args)  # before a model is opened in vain
     screen = make_screen(terminal)
@@ -160,4 +170,13 @@ def overlaid(saved: ReplySettings, args: argparse.Namespace) -> ReplySettings:
         stop_ids=tuple(args.stop_id or saved.stop_ids),
         stop_loop=args.stop_loop or saved.stop_loop,
         overflow=saved.overflow if args.overflow == OVERFLOW else args.overflow,
+        **shaped(args),
     )
+
+
+def shaped(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings about what replies look like that the command line names. Raises UsageError."""
+    negative = None if args.negative_prompt is None else user_text(args.negative_prompt)
+    guidance = GUIDANCE if args.guidance is None and negative else args.guidance
+    given = {**chosen_shape(args), "guidance": guidance, "negative": negative, "thoughts": args.thoughts}
+    return {name: value for name, value in given.items() if value is not None and value != ()}

@@ -76,6 +76,8 @@ def show(summary: "ModelSummary") -> None:
     row(facts, "parameters", f"{summary.parameters:,}")
     row(facts, "context", f"{summary.context_length} tokens")
     row(facts, "files", size(summary.file_bytes))
+    for layers, window in summary.windows:
+        row(facts, "window", f"{layers} of {summary.layers} layers see the last {window} tokens, and keep no more")
     for line in summary.attention:
         row(facts, "attention", line)
     console.print(facts)

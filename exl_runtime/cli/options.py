@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OVERFLOWS = ("error", "drop", "window")
 SPECULATE = ("auto", "ngram", "draft", "off")
 NOT_HERE = ("logprobs",)  # sampling parameters that are not about choosing; commands decide on them
+GUIDANCE = 1.5  # where a negative prompt is given and no number
 UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}  # bits to shift by
 SHORT = {"temperature": ("-t",), "seed": ("-s",)}
 
@@ -152,8 +153,8 @@ def add_sampling(parser: argparse.ArgumentParser, *, temperature: str | None = N
         )
 
 
-def add_constraints(parser: argparse.ArgumentParser) -> None:
-    """Options about what a reply has to look like; `chosen_constraints` reads them back."""
+def add_constraints(parser: argparse.ArgumentParser, *, chat: bool = False) -> None:
+    """Options about what a reply has to look like; `chosen_constraints` reads them back. chat: of every reply."""
     group = parser.add_argument_group("what the reply looks like", "grammars need the package llguidance")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json-schema", metavar="FILE", help="JSON that is valid under this JSON Schema")
@@ -161,14 +162,34 @@ def add_constraints(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--grammar", metavar="FILE", help="text of this grammar (Lark's EBNF)")
     one.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; repeatable")
     group.add_argument("--ban", action="append", metavar="TEXT", help="text that must not appear; repeatable")
+    far = f"1 not at all (default: {GUIDANCE:g})"
+    if chat:
+        group.add_argument(
+            "--negative-prompt",
+            metavar="TEXT",
+            help="lead replies away from what they would be under this system prompt",
+        )
+        group.add_argument("--guidance", type=float, metavar="X", help="how far away; 1 not at all (default: 1)")
+        return
     group.add_argument("--prefix", default="", metavar="TEXT", help="the reply begins with this text")
     group.add_argument("--heal", action="store_true", help="the prompt may end within a word (for --raw)")
     group.add_argument("--negative-prompt", metavar="TEXT", help="lead the reply away from what follows this prompt")
-    group.add_argument("--guidance", type=float, metavar="X", help="how far away; 1 not at all (default: 1.5)")
+    group.add_argument("--guidance", type=float, metavar="X", help=f"how far away; {far}")
 
 
 def chosen_constraints(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `Runtime.stream` that the options stand for. Raises UsageError for files and bad grammars."""
+    return {
+        **chosen_shape(args),
+        "prefix": user_text(args.prefix),
+        "heal": args.heal,
+        "stop_loop": args.stop_loop,
+        "stop_ids": args.stop_id,
+    }
+
+
+def chosen_shape(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that every reply of a chat has, too: `grammar` and `banned_strings`."""
     from ..generation.grammar import Grammar
 
     grammar = None
@@ -180,14 +201,7 @@ def chosen_constraints(args: argparse.Namespace) -> dict[str, Any]:
         grammar = Grammar.lark(text_of_file(args.grammar))
     elif args.choice is not None:
         grammar = Grammar.choice([user_text(text) for text in args.choice])
-    return {
-        "grammar": grammar,
-        "banned_strings": tuple(user_text(text) for text in args.ban or ()),
-        "prefix": user_text(args.prefix),
-        "heal": args.heal,
-        "stop_loop": args.stop_loop,
-        "stop_ids": args.stop_id,
-    }
+    return {"grammar": grammar, "banned_strings": tuple(user_text(text) for text in args.ban or ())}
 
 
 def text_of_file(name: str) -> str:

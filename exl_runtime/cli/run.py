@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from ..chat.status import DEMO_LINE, status_line
 from ..console.terminal import clean, user_text
 from ..errors import ExlError, UsageError
 from .options import (
+    GUIDANCE,
     add_constraints,
     add_loading,
     add_model,
@@ -24,11 +25,11 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..chat.thinking import Part, Voice
     from ..generation.request import Result
     from ..generation.stream import Event
 
 MAX_TOKENS = 256
-GUIDANCE = 1.5
 HELP = "answer one prompt and end; for scripts"
 USAGE = "MODEL -p TEXT [options]"
 
@@ -41,6 +42,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw", action="store_true", help="complete the text as it is, without a chat template")
     group.add_argument("--ids", action="store_true", help="the prompt is a list of token ids (implies --raw)")
     add_reply(parser, overflow="error", max_tokens=MAX_TOKENS, shown=str(MAX_TOKENS))
+    parser.add_argument(
+        "--thoughts",
+        choices=("show", "hide"),
+        default="show",
+        help="what the model thinks before it answers: printed between its marks, or left out (default: show)",
+    )
     parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="end the reply after so long")
     add_sampling(parser)
     add_constraints(parser)
@@ -48,6 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON event per line; the last has the whole result")
     group.add_argument("--logprobs", type=count, default=0, metavar="N", help="with --json: log-probabilities, N best")
+    group.add_argument("--prompt-logprobs", type=count, default=0, metavar="N", help="the same for the prompt's tokens")
     add_output(parser)
 
 
@@ -59,11 +67,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--system needs a chat template", hint="leave out --raw and --ids, or put it into the prompt")
     prompt = read_prompt(args)
     constraints |= negative_prompt(args)
-    emit = print_json if args.json else TextOutput()
+    constraints |= {"prompt_logprobs": args.prompt_logprobs} if args.prompt_logprobs else {}
     try:
-        with (
-            open_runtime(args) as runtime,
-            runtime.stream(
+        with open_runtime(args) as runtime:
+            from ..chat.thinking import Voice
+
+            answers = not (args.raw or args.ids) and constraints["grammar"] is None
+            voice = Voice.of(runtime) if answers else Voice()
+            stream = runtime.stream(
                 prompt,
                 max_tokens=args.max_tokens,
                 sampling=sampling,
@@ -72,12 +83,14 @@ def run(args: argparse.Namespace) -> int:
                 deadline=args.deadline,
                 logprobs=args.logprobs,
                 **constraints,
-            ) as events,
-        ):
+                **voice.options,
+            )
             if runtime.info.is_demo and not args.json:
                 sys.stderr.write(f"exl: {DEMO_LINE}\n")
                 sys.stderr.flush()
-            result = _follow(events, emit)
+            with stream as events:
+                emit = JsonOutput(voice) if args.json else TextOutput(voice if args.thoughts == "hide" else Voice())
+                result = _follow(voice.heard(events), emit)
             if args.verbose:
                 sys.stderr.write(status_line(result, runtime.info.context) + "\n")
     except ExlError as err:
@@ -137,9 +150,11 @@ def _follow(events: Any, emit: "Callable[[Event], None]") -> "Result":
 
 
 class TextOutput:
-    """The text as it comes. On a terminal control characters are left out; a pipe gets them as they are."""
+    """The text as it comes, without the thoughts that `voice` knows. On a terminal control characters are left out; a
+    pipe gets them as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, voice: "Voice") -> None:
+        self._reading = voice.reading()
         self._filtered = sys.stdout.isatty()
         self._last = ""
 
@@ -148,27 +163,46 @@ class TextOutput:
         from ..generation.stream import Dropped, Finished, Text
 
         if isinstance(event, Text):
-            text = clean(event.text) if self._filtered else event.text
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            self._last = text[-1:] or self._last
+            self._write(self._reading.take(event))
         elif isinstance(event, Dropped):
             sys.stderr.write(f"exl: the context is full: {event.tokens} tokens of the prompt were left out\n")
-        elif isinstance(event, Finished) and self._last != "\n":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+        elif isinstance(event, Finished):
+            self._write(self._reading.finish())
+            if self._last != "\n":
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+
+    def _write(self, parts: "Iterable[Part]") -> None:
+        text = "".join(part for kind, part in parts if kind == "content")
+        text = clean(text) if self._filtered else text
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._last = text[-1:] or self._last
 
 
-def print_json(event: "Event") -> None:
-    """One line per event: {"event": "started" | "prefilled" | "text" | "dropped" | "done", ...its fields}."""
-    entry = asdict(event)
-    if "result" in entry:
-        _write_json({"event": "done", **entry["result"]})
-        return
-    entry.pop("request_id")
-    if entry.get("logprobs", "") is None:
-        del entry["logprobs"]
-    _write_json({"event": type(event).__name__.lower(), **entry})
+class JsonOutput:
+    """One line per event: {"event": "started" | "prefilled" | "text" | "dropped" | "done", ...its fields}.
+
+    The last one tells thoughts and answer apart where there are thoughts; `text` is both, with the marks.
+    """
+
+    def __init__(self, voice: "Voice") -> None:
+        self._voice = voice
+
+    def __call__(self, event: "Event") -> None:
+        """Write the line."""
+        entry = asdict(event)
+        if "result" in entry:
+            reading = self._voice.reading()
+            parts = [*reading.push(entry["result"]["text"]), *reading.finish()]
+            answer = "".join(text for kind, text in parts if kind == "content")
+            apart = {"thoughts": reading.thoughts, "answer": answer} if reading.thoughts else {}
+            _write_json({"event": "done", **entry["result"], **apart})
+            return
+        entry.pop("request_id")
+        if entry.get("logprobs", "") is None:
+            del entry["logprobs"]
+        _write_json({"event": type(event).__name__.lower(), **entry})
 
 
 def _write_json(entry: dict[str, Any]) -> None:

@@ -7,7 +7,16 @@ from typing import Any
 
 from ..console.terminal import clean_line
 from ..errors import UsageError
-from .options import add_loading, add_model, add_output, add_sampling, chosen_sampling, open_runtime, positive
+from .options import (
+    OVERFLOWS,
+    add_loading,
+    add_model,
+    add_output,
+    add_sampling,
+    chosen_sampling,
+    open_runtime,
+    positive,
+)
 
 HELP = "serve one model to other programs over HTTP, through the OpenAI API"
 USAGE = "[MODEL] [options]"
@@ -47,6 +56,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "-n", "--max-tokens", type=positive, metavar="N", help="of chat replies that name no limit (default: context)"
     )
     group.add_argument(
+        "--overflow",
+        choices=OVERFLOWS,
+        default="error",
+        help="a full context, unless a request says: refuse, drop the oldest turns, or slide a window (default: error)",
+    )
+    group.add_argument(
         "--grace",
         type=positive,
         default=GRACE,
@@ -77,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
                 aliases=frozenset(args.alias or ()),
                 sampling=sampling,
                 max_tokens=args.max_tokens,
+                overflow=args.overflow,
                 api_key=key,
                 origins=tuple(args.allow_origin or ()),
                 hosts=LOOPBACK | {args.host} if local else None,

@@ -42,7 +42,7 @@ class Drafter:
 
     def copy(self, copy: PageCopy) -> None:
         """Do as the first model's cache does."""
-        self.kv.copy_page(copy.source, copy.target, copy.tokens)
+        self.kv.copy_page(copy.source, copy.target, copy.tokens, copy.pool)
 
     def follow(self, chunks: Many[Chunk]) -> None:
         """Compute what the first model computed, so that drafts can begin there."""
@@ -93,7 +93,7 @@ class Drafter:
         work = [part for part in work if part[1]]
         if not work:
             return None
-        parts = [Part(ids, s.pages, start, start + len(ids), shift=s.shift) for s, ids, start in work]
+        parts = [Part(ids, s.tables, start, start + len(ids), shift=s.shift) for s, ids, start in work]
         rows, end = [], -1
         for part in parts:
             end += len(part.ids)

@@ -15,9 +15,11 @@ from ..cache.pages import PageTable
 from ..cache.storage import KVStorage
 from ..cache.window import Cut
 from ..errors import CacheFull, UsageError
+from ..model.step import NO_MORE, Onward
 from ..sampling.draw import Draw, with_logprobs
 from ..sampling.sampler import Sampler
 from .decoding import Decoder
+from .onward import onward
 from .request import RequestState, StopReason, TokenLogprob
 from .runner import How, Outcome, Runner
 from .scheduler import Chunk, Scheduler, Step
@@ -72,6 +74,8 @@ class Engine:
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
         begun = self._clock()
+        if self.scheduler.waiting:
+            self._runner.halt()  # pages change hands
         self._speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         self._announce(step, events)
@@ -138,7 +142,7 @@ class Engine:
         if self._decoder is not None and (drawn := self._decoder.run(chunks)) is not None:
             return [[token] for token in drawn]
         hows = self._hows(chunks)
-        outcomes = None if hows is None else self._runner.draw(chunks, hows)
+        outcomes = None if hows is None else self._runner.draw(chunks, hows, self._onward(chunks))
         return self._runner.run(chunks) if outcomes is None else outcomes
 
     def _hows(self, chunks: Many[Chunk]) -> list[How] | None:
@@ -158,6 +162,12 @@ class Engine:
                     return None
                 hows.append(how)
         return hows
+
+    def _onward(self, chunks: Many[Chunk]) -> Onward:
+        """What of the next step can be begun already, given that `_hows` found a way for this one."""
+        if self.scheduler.waiting:
+            return NO_MORE
+        return onward(chunks, page_size=self._kv.page_size, context=self._context)
 
     def _settle(self, chunk: Chunk, rows: Tensor | list[int] | None, events: list[Event]) -> None:
         """A chunk is computed: draw behind it, and behind each of its guesses while the draw before is that guess."""
@@ -203,15 +213,17 @@ class Engine:
 
     def _copied(self, sequence: Sequence, events: list[Event]) -> bool:
         """Carry out the copy a sequence waits for. False when that failed, and with it the request."""
-        if (copy := sequence.copy) is None:
+        if not sequence.copies:
             return True
-        try:
-            self._kv.copy_page(copy.source, copy.target, copy.tokens)
-        except Exception as err:
-            self._fail(sequence, err, events)
-            return False
-        if self._speculator.drafter is not None:
-            self._speculator.drafter.copy(copy)
+        self._runner.halt()
+        for copy in sequence.copies:
+            try:
+                self._kv.copy_page(copy.source, copy.target, copy.tokens, copy.pool)
+            except Exception as err:
+                self._fail(sequence, err, events)
+                return False
+            if self._speculator.drafter is not None:
+                self._speculator.drafter.copy(copy)
         self.scheduler.settle(sequence)
         return True
 
@@ -268,12 +280,14 @@ class Engine:
                 f"the reply was taken back {REWINDS} times because of banned strings",
                 hint="ban less: the model has little else to say here",
             )
+        self._runner.halt()
         self.scheduler.requeue(sequence)
         sequence.take_back(index)
 
     def _move_window(self, sequence: Sequence, events: list[Event]) -> None:
         """Let old tokens go where the context has too few pages to roll: what stays is computed again."""
         gone = self._cut(len(sequence.tokens), sequence.request.keep)
+        self._runner.halt()
         self.scheduler.requeue(sequence)
         del sequence.tokens[gone.start : gone.stop]
         sequence.index = None
@@ -307,10 +321,11 @@ class Engine:
         events.append(Failed(sequence.id, error))
 
     def _retire(self, sequence: Sequence, state: RequestState) -> None:
+        self._runner.halt()
         if self._decoder is not None:
             self._decoder.forget(sequence)
         # What a failed request computed is in doubt: nobody shall find it.
-        if state is RequestState.FINISHED and sequence.copy is None:
+        if state is RequestState.FINISHED and not sequence.copies:
             self._speculator.leave(sequence)
         self.scheduler.remove(sequence, state, forget=state is RequestState.FAILED)
         self.totals.drafted_tokens += sequence.drafted_tokens

@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..cache.pages import PageTable
+from ..cache.pools import Pools, unrolled
+from ..cache.pools import capacity as capacity_of
 from ..cache.prefix import root_key
 from ..cache.sinks import SinkKeeper
-from ..cache.snapshot import Contents, Snapshot
+from ..cache.snapshot import Contents, Snapshot, longest_contents
 from ..cache.storage import KVStorage
-from ..cache.tiers import Tiers
+from ..cache.tiers import tiers_of
 from ..errors import PromptTooLong, UsageError
 from ..model.angles import key_frequencies
 from ..model.graph import Recordable, Recorder
 from ..model.lora import Mix
 from .decoding import Decoder
 from .drafting import Drafter
+from .dropping import Dropper
 from .engine import Engine
 from .intake import Intake, MakeSampler
 from .request import Request, Result
@@ -70,7 +72,7 @@ class Generator:
 
         Raises UsageError when the cache cannot hold one sequence of that length.
         """
-        capacity = kv.pages * kv.page_size
+        capacity = capacity_of(kv.geometry, kv.counts)
         self.context = min(model.spec.context_length, capacity) if context is None else context
         if not 2 <= self.context <= capacity:
             raise UsageError(
@@ -79,8 +81,10 @@ class Generator:
             )
         self.model = model
         self.kv = kv
-        self.tiers = Tiers([kv] if draft is None else [kv, draft[1]], host_bytes=host_bytes)
-        self.table = PageTable(kv.pages, page_size=kv.page_size, below=self.tiers)
+        self._below = tiers_of([kv] if draft is None else [kv, draft[1]], host_bytes=host_bytes)
+        self.tiers = self._below[0]
+        self.pools = Pools.fitting(kv.geometry, kv.counts, self._below, context=self.context, new=prefill_tokens)
+        self.table = self.pools[0].table
         self._roots = {root_key(0): None}  # the one used last at the end
         self._clock = clock
         self._intake = Intake(
@@ -94,8 +98,15 @@ class Generator:
         stores = [(kv, key_frequencies(model.spec))]
         if draft is not None:
             stores.append((draft[1], key_frequencies(draft[0].spec)))
-        roller = Roller(self.table, SinkKeeper(stores))
-        self._scheduler = Scheduler(self.table, prefill_tokens=prefill_tokens, max_running=max_running, roller=roller)
+        sinks = SinkKeeper(stores)
+        self._dropper = Dropper(self.table, sinks)
+        self._scheduler = Scheduler(
+            self.pools,
+            prefill_tokens=prefill_tokens,
+            max_running=max_running,
+            roller=Roller(self.pools, sinks),
+            dropper=None if self.pools.slide else self._dropper,
+        )
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
         self._speculator = Speculator(drafter, context=self.context)
@@ -147,10 +158,10 @@ class Generator:
             pages_idle=self.table.idle,
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
-            host_tokens=self.tiers.tokens_from("host"),
-            disk_tokens=self.tiers.tokens_from("disk"),
-            evictions=self.table.evictions,
-            host_bytes=self.tiers.host.nbytes,
+            host_tokens=max(tiers.tokens_from("host") for tiers in self._below),
+            disk_tokens=max(tiers.tokens_from("disk") for tiers in self._below),
+            evictions=sum(pool.table.evictions for pool in self.pools),
+            host_bytes=sum(tiers.host.nbytes for tiers in self._below),
         )
 
     def submit(self, request: Request) -> str:
@@ -171,7 +182,7 @@ class Generator:
     def step(self) -> list[Event]:
         """One forward pass over everything that can run, and what came of it. Nothing to do: an empty list."""
         events: list[Event] = []
-        with self._own_turn():
+        with self._own_turn(halt=False):
             try:
                 self._take_in(events)
                 self._engine.step(events)
@@ -214,16 +225,19 @@ class Generator:
             )
         self._intake.check_ids(tokens)
         with self._own_turn():
-            pages: list[int] = []
+            chunk = self._scheduler.prefill_tokens
+            lent = self.pools.lend(len(tokens), chunk)
             try:
-                while len(pages) * self.kv.page_size < len(tokens):
-                    pages.append(self.table.take())
+                tables = [unrolled(pages, self.kv.geometry.pages_for(len(tokens))) for pages in lent]
                 rope_length = self.model.spec.rope_length(len(tokens))
-                chunk = self._scheduler.prefill_tokens
                 each = self._runner.each_logits
-                each(list(tokens), pages, rope_length, visit, first=first, chunk=chunk, mix=mix)
+                each(list(tokens), tables, rope_length, visit, first=first, chunk=chunk, mix=mix)
             finally:
-                self.table.release(pages)
+                self.pools.take_back(lent)
+
+    def knows_past(self, past: bytes) -> bool:
+        """True when a conversation went on after exactly these turns had left (`Left.past`). Thread-safe."""
+        return self._dropper.knows(past)
 
     def remember(self, tokens: Many[int]) -> None:
         """Let guesses come from this text too, as they do from replies of the past."""
@@ -233,39 +247,34 @@ class Generator:
     def forget(self) -> None:
         """Empty the prefix cache of all that no running request uses, and the tiers below it."""
         with self._own_turn():
-            self.table.clear()
-            self.tiers.clear()
+            self.pools.clear()
+            for tiers in self._below:
+                tiers.clear()
 
     @contextmanager
     def holding(self, tokens: Many[int]) -> Iterator[Contents]:
         """The longest beginning of `tokens` in the cache; its pages stay as they are until the end of the block."""
-        size, best, held = self.kv.page_size, Contents(root_key(0), (), ()), []
         with self._own_turn():
-            for root in reversed(self._roots):
-                match = self.table.match(tokens, root=root)
-                pages = match.pages if match.source is None else [*match.pages, match.source]
-                count = len(match.pages) * size + match.shared
-                if count > len(best.tokens):
-                    pages, held = held, pages
-                    best = Contents(root, tuple(tokens[:count]), tuple(held))
-                self.table.release(pages)
+            contents, hit = longest_contents(self.pools, reversed(self._roots), tokens)
         try:
-            yield best
+            yield contents
         finally:
             with self._own_turn():
-                self.table.release(held)
+                self.pools.give_up(hit)
 
     def attach(self, snapshot: Snapshot) -> None:
         """Let prompts begin with what this snapshot holds."""
         with self._own_turn():
-            self.tiers.add(snapshot)
+            for tiers, tier in zip(self._below, snapshot.tiers, strict=True):
+                tiers.add(tier)
             self._note_root(snapshot.root)
 
     def detach(self, snapshot: Snapshot) -> None:
         """The opposite; what was read from it stays in the cache. Nothing happens when it is not attached."""
         with self._own_turn():
-            if snapshot in self.tiers.others:
-                self.tiers.remove(snapshot)
+            for tiers, tier in zip(self._below, snapshot.tiers, strict=True):
+                if tier in tiers.others:
+                    tiers.remove(tier)
 
     def _note_root(self, root: bytes) -> None:
         self._roots.pop(root, None)
@@ -308,18 +317,20 @@ class Generator:
                     unfinished -= isinstance(event, Finished)
                     yield event
                 if unfinished:
-                    with self._own_turn():
+                    with self._own_turn(halt=False):
                         if not box:  # nobody else's step has brought news meanwhile
                             self.step()
         finally:
             self._abandon(ids)
 
     @contextmanager
-    def _own_turn(self) -> Iterator[None]:
+    def _own_turn(self, *, halt: bool = True) -> Iterator[None]:
         try:
             with self._turn:
                 outermost, self._occupied = not self._occupied, True
                 try:
+                    if halt:  # only the next step may find a pass under way
+                        self._runner.halt()
                     yield
                 finally:
                     self._occupied = not outermost
@@ -370,7 +381,7 @@ class Generator:
             # Exchanged, not iterated: a signal handler may call `cancel` on this very thread between two lines.
             asked, self._cancelled = self._cancelled, set()
             cancelled = [self._live[request_id] for request_id in asked if request_id in self._live]
-            late = [sequence for sequence in tuple(self._live.values()) if _is_late(sequence, now)]
+            late = [sequence for sequence in tuple(self._live.values()) if sequence.is_late(now)]
         for sequence in cancelled:
             self._engine.end(sequence, "cancelled", events)
         for sequence in late:
@@ -380,8 +391,3 @@ class Generator:
     def _admit_submitted(self) -> None:
         while self._submitted:
             self._scheduler.add(self._submitted.popleft())
-
-
-def _is_late(sequence: Sequence, now: float) -> bool:
-    deadline = sequence.request.deadline
-    return deadline is not None and now - sequence.submitted >= deadline

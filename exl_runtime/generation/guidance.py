@@ -11,9 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..cache.pages import PageTable
+from ..cache.pools import Pools, unrolled
 
-Compute: TypeAlias = Callable[[Many[int], Many[int], int, int], Tensor]  # ids, pages, start, rope length -> logits
+# ids, page table of every pool, start, rope length -> logits
+Compute: TypeAlias = Callable[[Many[int], Many[Many[int]], int, int], Tensor]
 
 
 class Shadow:
@@ -25,24 +26,42 @@ class Shadow:
         self.scale = scale
         self.most = most
         self.rope_length = rope_length
-        self.pages: list[int] = []
+        self._pools: Pools | None = None
+        self._lent: list[list[int]] = []
         self._known: list[int] = []  # tokens whose keys and values are computed
+
+    def open(self, pools: Pools, new: int) -> None:
+        """Take pages, for `new` tokens in a pass. Raises CacheFull."""
+        self._lent, self._pools = pools.lend(self.most, new), pools
 
     def guided(self, row: Tensor, reply: Many[int], *, compute: Compute) -> Tensor:
         """float32 (vocab,): `row`, the logits for what follows `reply`, led away from the negative prompt.
 
         `compute` is `Runner.last_logits`. The pages have to be there.
         """
+        assert self._pools is not None, "no pages"
         tokens = [*self.prompt, *reply]
-        start = min(_common(self._known, tokens), len(tokens) - 1)
-        against = torch.log_softmax(compute(tokens[start:], self.pages, start, self.rope_length), dim=-1)
+        start = self._begin(min(_common(self._known, tokens), len(tokens) - 1))
+        count = -(-len(tokens) // self._pools.page_size)
+        tables = [unrolled(lent, count) for lent in self._lent]
+        against = torch.log_softmax(compute(tokens[start:], tables, start, self.rope_length), dim=-1)
         self._known = tokens
         return against + self.scale * (torch.log_softmax(row, dim=-1) - against)
 
-    def release(self, table: PageTable) -> None:
+    def release(self) -> None:
         """Give the pages back; what was computed is gone."""
-        table.release(self.pages)
-        self.pages, self._known = [], []
+        if self._pools is not None:
+            self._pools.take_back(self._lent)
+        self._pools, self._lent, self._known = None, [], []
+
+    def _begin(self, start: int) -> int:
+        """`start`, or 0 where pages that are in sight from there have been written over."""
+        assert self._pools is not None
+        last = (len(self._known) - 1) // self._pools.page_size
+        for pool, lent in zip(self._pools, self._lent, strict=True):
+            if pool.first(start) <= last - len(lent):
+                return 0
+        return start
 
 
 def _common(a: Many[int], b: Many[int]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from secrets import randbits
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from ..sampling.sampler import Sampler
 from .banning import Bans
 from .guidance import Shadow
 from .matching import GrammarCompiler
-from .request import Request
+from .request import Left, Request
 from .sequence import Sequence
 from .steering import Opening, Steering
 from .stops import StopIds
@@ -87,6 +88,7 @@ class Intake:
             dropped_tokens=gone.tokens + request.dropped_tokens,
             roll=roll,
             whole=whole if roll is not None and gone.tokens else None,
+            left_turns=self._left(request, healed=length - len(tokens), cut=gone.tokens),
             cut=gone,
             planned=planned,
             steering=self._steering(request, healed or request.prefix.encode("utf-8")),
@@ -95,6 +97,13 @@ class Intake:
             shadow=self._shadow(request),
             new_detokenizer=lambda: self._detokenizer(request),
         )
+
+    def _left(self, request: Request, *, healed: int, cut: int) -> Left | None:
+        """What may be found of turns that left; `healed` tokens were taken off the end, `cut` from within."""
+        left = request.left
+        if left is None or request.overflow != "drop" or cut or request.prompt_logprobs:
+            return None
+        return replace(left, whole=left.whole[: len(left.whole) - healed])
 
     def _detokenizer(self, request: Request) -> "Detokenizer":
         return self.tokenizer.detokenizer(skip_special=request.skip_special)

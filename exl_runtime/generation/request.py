@@ -24,6 +24,20 @@ Processor: TypeAlias = "Callable[[list[int], Tensor], Tensor]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """Turns of a conversation that stand no longer in a prompt.
+
+    past    a digest of all of them: who names the same ones finds what was computed behind them
+    whole   the prompt with those that leave only now; (): none does
+    before  a digest of those that had left before; b"": none had
+    """
+
+    past: bytes
+    whole: tuple[int, ...] = ()
+    before: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and how to continue it. Lengths in tokens, times in seconds.
 
@@ -43,6 +57,7 @@ class Request:
     keep           first tokens that never leave; a window keeps whole pages of them, at most three eighths
     skip_special   leave special tokens out of the text
     dropped_*      what the caller left out already (whole turns of a conversation); reported in events and result
+    left           with "drop", what is known of those turns: what stood behind them is then not computed again
     speculate      guess tokens ahead and check several in one pass; the reply is the same with and without, only the
                    speed differs. "ngram": guesses from the text so far; "draft": by the draft model (UsageError
                    without one); "auto": from whatever there is; "off": none
@@ -78,6 +93,7 @@ class Request:
     skip_special: bool = True
     dropped_tokens: int = 0
     dropped_turns: int = 0
+    left: Left | None = None
     speculate: Speculate = "auto"
     grammar: Grammar | None = None
     banned_strings: tuple[str, ...] = ()
@@ -137,6 +153,8 @@ class Request:
             raise UsageError(f"guidance is {self.guidance!r}", hint="give a number from 0 to 100; 1 turns it off")
         if (self.guidance != 1) != bool(self.negative_prompt):
             raise UsageError("guidance and negative_prompt need each other", hint="say guidance=1.5 and a prompt")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise UsageError(f"priority is {self.priority!r:.60}", hint="give a whole number; higher goes first")
         if not isinstance(self.prompt_logprobs, int) or self.prompt_logprobs < 0:
             raise UsageError(f"prompt_logprobs is {self.prompt_logprobs!r}", hint="give a whole number from 0")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from ..cache.pages import Match, PageTable
+from ..cache.pools import Hit, Pool, Pools
 from ..cache.prefix import chain, pack
 from ..cache.sinks import SinkKeeper
 from ..cache.window import NOTHING, Cut, Roll
@@ -33,10 +33,15 @@ class Found:
 
 
 class Roller:
-    """Moves windows. Not thread-safe, as the scheduler around it."""
+    """Moves windows. Not thread-safe, as the scheduler around it.
 
-    def __init__(self, table: PageTable, sinks: SinkKeeper) -> None:
-        self.table = table
+    Where layers have windows of their own, sinks are out of their sight before anything moves (`useful_window`): there
+    the list of pages becomes shorter, and that is all.
+    """
+
+    def __init__(self, pools: Pools, sinks: SinkKeeper) -> None:
+        self.pools = pools
+        self.table = pools[0].table
         self.sinks = sinks
         self._cuts: dict[tuple[int, int, bytes], None] = {}  # start, stop, hash of all tokens before stop; oldest first
 
@@ -49,7 +54,7 @@ class Roller:
         """Pages that `move` needs beyond those that are free or become so."""
         roll, table = sequence.roll, self.table
         assert roll is not None
-        if sequence.shift:
+        if sequence.shift or self.pools[0].window is not None:
             return 0
         released = sequence.pages[: roll.sinks + 1]
         return roll.sinks - table.available - sum(table.references(page) == 1 for page in released)
@@ -58,26 +63,35 @@ class Roller:
         """Let one page leave; the sinks follow. Only while `full`, and nothing is `missing`."""
         roll, table = sequence.roll, self.table
         assert roll is not None
-        sinks, rest = sequence.pages[: roll.sinks], sequence.pages[roll.sinks + 1 :]
-        leaving = sequence.pages[roll.sinks]
-        if sequence.sinks is None:
-            key = sequence.keys[roll.sinks - 1]
-            sequence.sinks = self.sinks.find(key) or self.sinks.keep(key, sinks)
-        if rest:
-            table.detach(rest[0])
-        if sequence.shift:
-            table.release([leaving])
-        else:  # the sinks in their first place may be of use to others
-            table.release([*sinks, leaving])
-            sinks = [table.take() for _ in sinks]
-        sequence.pages = [*sinks, *rest]
+        for pool, held in zip(self.pools, sequence.held, strict=True):
+            if pool.window is not None:
+                pool.leave(held, sequence.kv_length)
+                assert held.gone > roll.sinks, "sinks are in sight of a window"
+                del held.pages[roll.sinks]
+                held.gone -= 1
+        sinks: list[int] = []
+        if self.pools[0].window is None:
+            sinks, rest = sequence.pages[: roll.sinks], sequence.pages[roll.sinks + 1 :]
+            leaving = sequence.pages[roll.sinks]
+            if sequence.sinks is None:
+                key = sequence.keys[roll.sinks - 1]
+                sequence.sinks = self.sinks.find(key) or self.sinks.keep(key, sinks)
+            if rest:
+                table.detach(rest[0])
+            if sequence.shift:
+                table.release([leaving])
+            else:  # the sinks in their first place may be of use to others
+                table.release([*sinks, leaving])
+                sinks = [table.take() for _ in sinks]
+            sequence.pages = [*sinks, *rest]
         del sequence.keys[roll.sinks]
         sequence.matched = 0
         sequence.kv_length -= roll.page_size
         sequence.draft_length = max(0, sequence.draft_length - roll.page_size)
         sequence.set_gone(sequence.shift + roll.page_size)
         sequence.version += 1
-        self.sinks.write(sequence.sinks, sinks, shift=sequence.shift, planned=sequence.planned)
+        if sequence.sinks is not None:
+            self.sinks.write(sequence.sinks, sinks, shift=sequence.shift, planned=sequence.planned)
 
     def find(self, sequence: Sequence) -> Found:
         """The best place to go on with a sequence that waits."""
@@ -95,15 +109,15 @@ class Roller:
                 best = found
         return best
 
-    def match(self, sequence: Sequence, found: Found, limit: int) -> Match:
+    def match(self, sequence: Sequence, found: Found, limit: int) -> Hit:
         """Acquire what `find` found of a sequence, at most `limit` tokens: the recent pages where something has left
         (the sinks are not among them), else the beginning."""
         roll = sequence.roll
         assert roll is not None
         if not found.keys:
-            return self.table.match(found.tokens, root=sequence.root, limit=min(limit, roll.capacity - 1))
+            return self.pools.match(found.tokens, root=sequence.root, limit=min(limit, roll.capacity - 1))
         rest = found.tokens[found.reused : min(found.reused + roll.page_size, limit)]
-        return self.table.reach(found.keys[roll.sinks :], roll.mark(found.keys[-1]), rest)
+        return self.pools.reach(found.keys, self._recent(roll), roll.mark(found.keys[-1]), rest)
 
     def adopt(self, sequence: Sequence, found: Found, sinks: Many[int]) -> None:
         """The sequence goes on there; `sinks` are pages for them where something has left."""
@@ -116,9 +130,10 @@ class Roller:
             sequence.whole = None
         if found.keys:
             sequence.set_gone(found.reused - (roll.pages - 1) * roll.page_size)
-            sequence.sinks = self.sinks.find(found.keys[roll.sinks - 1])
-            assert sequence.sinks is not None
-            self.sinks.write(sequence.sinks, sinks, shift=sequence.shift, planned=sequence.planned)
+            if self.pools[0].window is None:
+                sequence.sinks = self.sinks.find(found.keys[roll.sinks - 1])
+                assert sequence.sinks is not None
+                self.sinks.write(sequence.sinks, sinks, shift=sequence.shift, planned=sequence.planned)
         if not sequence.generated:
             sequence.prompt = tuple(sequence.tokens)
 
@@ -145,20 +160,29 @@ class Roller:
         return cuts
 
     def _reused(self, tokens: list[int], gone: Cut, sequence: Sequence, roll: Roll) -> Found:
-        size, has = roll.page_size, self.table.has
+        size, counts = roll.page_size, self._recent(roll)
         key, keys = sequence.root, []
         for page in range((len(tokens) - 1) // size):
             key = chain(roll.mark(key) if roll.gone(page) else key, pack(tokens[page * size : (page + 1) * size]))
             keys.append(key)
-        if len(keys) >= roll.pages and self.sinks.find(keys[roll.sinks - 1]) is not None:
+
+        def has(pool: Pool, page: int) -> bool:
+            return pool.table.has(keys[page])
+
+        windowed = self.pools[0].window is not None
+        if len(keys) >= roll.pages and (windowed or self.sinks.find(keys[roll.sinks - 1]) is not None):
             for count in range(len(keys), roll.pages - 1, -1):
-                recent = keys[count + 1 - roll.pages + roll.sinks : count]
-                if all(has(key) for key in reversed(recent)):
+                last = ((pool, range(count - 1, count - 1 - n, -1)) for pool, n in zip(self.pools, counts, strict=True))
+                if all(has(pool, page) for pool, pages in last for page in pages):
+                    recent = keys[count + 1 - roll.pages + roll.sinks : count]
                     return Found(tokens, gone, count * size, (*keys[: roll.sinks], *recent))
-        plain = 0
-        while plain < min(len(keys), roll.pages) and has(keys[plain]):
-            plain += 1
+        plain = self.pools.longest(min(len(keys), roll.pages), has)
         return Found(tokens, gone, plain * size)
+
+    def _recent(self, roll: Roll) -> list[int]:
+        """In every pool, how many full pages behind the sinks are in sight where something has left."""
+        full = roll.pages - 1
+        return [full - max(roll.sinks, pool.first(full * roll.page_size)) for pool in self.pools]
 
 
 def _digest(packed: bytes, tokens: int) -> bytes:

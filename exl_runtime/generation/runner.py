@@ -16,9 +16,10 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import ExlError, NonFiniteError
+from ..model.adapted import Adapted
 from ..model.batch import ForwardBatch, Plan
-from ..model.lora import Adapted, Mix
-from ..model.step import WHOLE
+from ..model.lora import Mix
+from ..model.step import NO_MORE, WHOLE, Onward
 from .scheduler import PREFILL_TOKENS as PASS
 from .scheduler import Chunk
 
@@ -32,11 +33,11 @@ How: TypeAlias = tuple[float, float, float, Many[int]]  # a draw: temperature (0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """New tokens of one sequence, at cache indices start ... stop - 1 of these pages, under these adapters; rope
-    positions are `shift` more."""
+    """New tokens of one sequence, at cache indices start ... stop - 1 of its pages in every pool, under these adapters;
+    rope positions are `shift` more."""
 
     ids: Many[int]
-    pages: Many[int]
+    tables: Many[Many[int]]
     start: int
     stop: int
     mix: Mix = ()
@@ -65,6 +66,7 @@ class Runner:
         self._adapted: Adapted | None = None
         self._on_cpu = model.device.type == "cpu"
         self._plans = hasattr(model, "forward_plan")  # a Transformer's: no tensors for a few numbers
+        self._halt: Callable[[], None] | None = getattr(model, "halt", None)
 
     def run(self, chunks: Many[Chunk]) -> list[Outcome]:
         """Compute the chunks in one pass."""
@@ -96,9 +98,15 @@ class Runner:
         """Whether `draw` has a chance."""
         return getattr(self.model, "draws", False)
 
-    def draw(self, chunks: Many[Chunk], hows: Many[How]) -> list[Outcome] | None:
+    def halt(self) -> None:
+        """End the pass that the model runs ahead of being asked, if it does: before anybody else touches the pages."""
+        if self._halt is not None:
+            self._halt()
+
+    def draw(self, chunks: Many[Chunk], hows: Many[How], onward: Onward = NO_MORE) -> list[Outcome] | None:
         """`run` where the model itself draws the tokens behind all rows, one for each of `hows`.
 
+        The model may begin the pass behind this one by itself, see `onward.py`.
         None: it cannot, or something is wrong with a row. Then `run` has to repeat the pass, and will say what.
         """
         # Adapters are no part of the native pass.
@@ -109,7 +117,7 @@ class Runner:
         draws = [number for how in hows for number in how[:3]]
         banned = [number for how in hows for number in (len(how[3]), *how[3])]
         try:
-            tokens = model.draw_plan(plan, self.kv, draws, banned)
+            tokens = model.draw_plan(plan, self.kv, draws, banned, onward)
         except Exception as err:
             log.warning("a pass that draws its tokens failed (%s); running it once more", err)
             return None
@@ -124,7 +132,7 @@ class Runner:
     def each_logits(
         self,
         tokens: Many[int],
-        pages: Many[int],
+        tables: Many[Many[int]],
         rope_length: int,
         visit: Visit,
         *,
@@ -139,15 +147,17 @@ class Runner:
         for start in range(0, len(tokens), chunk):
             stop = min(start + chunk, len(tokens))
             wanted = range(max(0, first - start), stop - start)
-            part = Part(tokens[start:stop], pages, start, stop, mix)
+            part = Part(tokens[start:stop], tables, start, stop, mix)
             rows = self.compute(self.plan([part], wanted, (rope_length,), None))
             if len(wanted):
                 visit(start + wanted.start, rows)
 
-    def last_logits(self, ids: Many[int], pages: Many[int], start: int, rope_length: int, *, mix: Mix = ()) -> Tensor:
+    def last_logits(
+        self, ids: Many[int], tables: Many[Many[int]], start: int, rope_length: int, *, mix: Mix = ()
+    ) -> Tensor:
         """float32 (vocab,) on the CPU: after `ids` at the cache indices from `start`, `PASS` tokens at a time."""
         for at in range(0, len(ids), PASS):
-            part = Part(ids[at : at + PASS], pages, start + at, start + min(at + PASS, len(ids)), mix)
+            part = Part(ids[at : at + PASS], tables, start + at, start + min(at + PASS, len(ids)), mix)
             wanted = [len(part.ids) - 1] if at + PASS >= len(ids) else []
             rows = self.compute(self.plan([part], wanted, (rope_length,), None))
         return rows[0]
@@ -156,6 +166,7 @@ class Runner:
         """float32 logits (L, vocab) on the CPU, where drawing happens."""
         model: Any = self.model
         if plan.mixes:
+            self.halt()
             if self._adapted is None:
                 self._adapted = Adapted(model)
             logits = self._adapted.forward_plan(plan, self.kv)
@@ -165,7 +176,7 @@ class Runner:
 
     def _plan_of(self, chunks: Many[Chunk]) -> Plan:
         parts = [
-            Part(c.ids, c.sequence.pages, c.start, c.end, c.sequence.request.lora, c.sequence.shift) for c in chunks
+            Part(c.ids, c.sequence.tables, c.start, c.end, c.sequence.request.lora, c.sequence.shift) for c in chunks
         ]
         rows: list[int] = []
         end = 0
@@ -192,13 +203,15 @@ class Runner:
         for part in parts:
             tokens += part.ids
             positions += range(part.start + part.shift, part.stop + part.shift)
-            at = part.start
-            while at < part.stop:  # a run of slots for every page that is touched
-                until = min(part.stop, at - at % size + size)
-                first = part.pages[at // size] * size + at % size
-                slots += range(first, first + until - at)
-                at = until
             starts.append(len(tokens))
+        for pool in range(len(parts[0].tables)):
+            for part in parts:
+                at, pages = part.start, part.tables[pool]
+                while at < part.stop:  # a run of slots for every page that is touched
+                    until = min(part.stop, at - at % size + size)
+                    first = pages[at // size] * size + at % size
+                    slots += range(first, first + until - at)
+                    at = until
         return Plan(
             tokens=tokens,
             positions=positions,
@@ -212,10 +225,11 @@ class Runner:
         )
 
     def _page_table(self, parts: Many[Part], identity: tuple[tuple[int, int], ...] | None) -> Tensor:
-        """int32 (S, P); the same tensor again while no sequence of the batch got another page."""
+        """int32 (pools * S, P), see `Plan`; the same tensor while no sequence of the batch got another page."""
         if identity is None or identity != self._pages_of:
-            width = max(len(part.pages) for part in parts)
-            rows = [[*part.pages, *([0] * (width - len(part.pages)))] for part in parts]
+            tables = [table for pool in zip(*(part.tables for part in parts), strict=True) for table in pool]
+            width = max(map(len, tables))
+            rows = [[*table, *([0] * (width - len(table)))] for table in tables]
             self._pages = torch.tensor(rows, dtype=torch.int32).to(self.model.device)
             self._pages_of = identity or ()
         return self._pages

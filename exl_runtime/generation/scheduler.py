@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..cache.pages import PageTable
+from ..cache.pools import Pools
 from ..errors import CacheFull
+from .dropping import Dropper
+from .paging import Pager
 from .request import RequestState
-from .rolling import Found, Roller
+from .rolling import Roller
 from .sequence import Sequence
 
 PREFILL_TOKENS = 512  # tokens of one forward pass
@@ -75,20 +78,29 @@ class Scheduler:
 
     def __init__(
         self,
-        table: PageTable,
+        pools: Pools | PageTable,
         *,
         prefill_tokens: int = PREFILL_TOKENS,
         max_running: int = MAX_RUNNING,
         roller: Roller | None = None,
+        dropper: Dropper | None = None,
     ) -> None:
-        """`roller` moves the windows of sequences that have a `roll`; without one there must be none."""
-        self.table = table
+        """`pools`: a page table stands for the only one. `roller` moves the windows of sequences that have a `roll`;
+        without one there must be none. `dropper` finds what is left of sequences that lost turns, in one pool without a
+        window; without one they are computed again."""
+        self.pools = pools if isinstance(pools, Pools) else Pools.of(pools)
         self.roller = roller
+        self._pager = Pager(self.pools, roller, dropper, new=PREFILL_TOKENS)
         self.prefill_tokens = prefill_tokens
         self.max_running = max_running
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._refused: tuple[Sequence, int, int] | None = None  # who did not fit, and what has to change before it may
+
+    @property
+    def table(self) -> PageTable:
+        """The page table of the first pool."""
+        return self.pools[0].table
 
     @property
     def busy(self) -> bool:
@@ -104,13 +116,13 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-        self._give_back(sequence, forget=forget)
+        self._pager.give_back(sequence, forget=forget)
         sequence.move(state)
 
     def requeue(self, sequence: Sequence) -> None:
         """Take the pages of a running sequence; it waits, and is computed again from its tokens."""
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self._pager.give_back(sequence)
         sequence.move(RequestState.QUEUED)
         self.add(sequence)
 
@@ -122,16 +134,20 @@ class Scheduler:
             # A sequence that had to yield to one before it is queued again.
             if sequence.state is RequestState.QUEUED or not self._roll(sequence, preempted):
                 continue
-            if sequence.state is RequestState.DECODE and self._make_room(sequence, preempted):
+            if not self._make_room(sequence, preempted):
+                continue
+            if sequence.state is RequestState.DECODE:
                 decode.append(sequence)
+            else:
+                self._pager.prepare(sequence, len(self.running))
         admitted: list[Sequence] = []
         stuck: list[Sequence] = []
         for sequence in decode:
-            self._grant(sequence)
+            self._pager.grant(sequence, len(self.running))
         left = max(self.prefill_tokens - len(decode) - sum(sequence.room for sequence in decode), 1)
         shares: dict[Sequence, int] = {}
         for sequence in self._prompts(admitted, stuck):
-            rest = min(len(sequence.tokens), sequence.capacity) - sequence.kv_length
+            rest = self._reach(sequence) - sequence.kv_length
             shares[sequence] = rest if rest <= left else max(1, left // 2)
             left -= shares[sequence]
             if left == 0:
@@ -139,38 +155,27 @@ class Scheduler:
         prefill = []
         for sequence, share in shares.items():
             start = sequence.kv_length
-            most = min(len(sequence.tokens), sequence.capacity)
-            stop = min(start + share + left, most)  # what others did not need goes to the first
+            stop = min(start + share + left, self._reach(sequence))  # what others did not need goes to the first
             left -= stop - start - share
             prefill.append(Chunk(sequence, start, stop))
         return Step(tuple(prefill), tuple(decode), tuple(admitted), tuple(preempted), tuple(stuck))
 
     def settle(self, sequence: Sequence) -> None:
-        """The copy this sequence waited for is done."""
-        if sequence.copy is not None:
-            self.table.release([sequence.copy.source])
-            sequence.copy = None
+        """The copies this sequence waited for are done."""
+        self._pager.settle(sequence)
 
     def commit(self, chunk: Chunk) -> None:
         """The keys and values of a chunk are computed: seal what is full, make the rest of a prompt findable too."""
         sequence = chunk.sequence
-        sequence.kv_length = chunk.stop
-        size = self.table.page_size
-        while (index := len(sequence.keys)) < chunk.stop // size:
-            tokens = sequence.tokens[index * size : (index + 1) * size]
-            page, key = self.table.seal(sequence.pages[index], sequence.parent, tokens)
-            if page != sequence.pages[index]:
-                sequence.pages[index] = page
-                sequence.version += 1
-            sequence.keys.append(key)
-        if sequence.state is RequestState.PREFILL:
-            self._record_tail(sequence)
+        self._pager.commit(sequence, chunk.stop, findable=sequence.state is RequestState.PREFILL)
 
     def trim(self, sequence: Sequence) -> None:
         """Give back the pages that were taken for guesses and hold nothing: as if there had been none."""
-        while len(sequence.pages) > -(-sequence.kv_length // self.table.page_size):
-            self.table.release([sequence.pages.pop()])
-            sequence.version += 1
+        self._pager.trim(sequence)
+
+    def _reach(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt can be in the cache after this step, whatever the budget."""
+        return min(len(sequence.tokens), sequence.capacity, self._pager.slots(sequence))
 
     def _prompts(self, admitted: list[Sequence], stuck: list[Sequence]) -> Iterator[Sequence]:
         """Prompts to work on, by rank: those that run, and between them those that can be let in."""
@@ -213,95 +218,34 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """A slot for the token that a sequence computes next. False if it had to yield."""
-        if sequence.kv_length < len(sequence.pages) * self.table.page_size:
-            return True
         while True:
             try:
-                page = self.table.take()
+                self._pager.next_slot(sequence)
             except CacheFull:
                 if not self._yield_one(sequence, preempted):
                     return False
                 continue
-            sequence.pages.append(page)
-            sequence.version += 1
             return True
 
-    def _grant(self, sequence: Sequence) -> None:
-        """Room for as many guesses as wished, in pages that nobody else is going to miss."""
-        size = self.table.page_size
-        if sequence.roll is not None:
-            sequence.wish = min(sequence.wish, sequence.capacity - sequence.kv_length - 1)
-        while sequence.kv_length + 1 + sequence.wish > len(sequence.pages) * size:
-            if self.table.available <= len(self.running):
-                break
-            sequence.pages.append(self.table.take())
-            sequence.version += 1
-        sequence.room = min(sequence.wish, len(sequence.pages) * size - sequence.kv_length - 1)
-
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence its cached prefix, and pages for all its tokens. False if there are too few."""
-        table = self.table
-        if self._refused == (sequence, table.version, len(self.running)):
+        """Let a waiting sequence run. False if there are too few pages."""
+        if self._refused == (sequence, self.pools.version, len(self.running)):
             return False
-        # At least the last token is computed again: its logits are wanted.
-        limit = min(len(sequence.tokens) - 1, sequence.reusable)
-        needed = -(-len(sequence.tokens) // table.page_size)
-        roller, roll, found = self.roller, sequence.roll, None
-        if roller is not None and roll is not None:
-            found = roller.find(sequence)
-            match = roller.match(sequence, found, len(found.tokens) - 1)
-            needed = min(-(-len(found.tokens) // table.page_size), roll.pages)
-        else:
-            match = table.match(sequence.tokens, root=sequence.root, limit=limit)
-        # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
-        headroom = min(len(self.running), table.pages // 8)
-        in_place = match.source is not None and table.references(match.source) == 1
-        # A second branch has its pages from the start: it must never have to yield in the middle of a step.
-        beside = 0 if sequence.shadow is None else -(-sequence.shadow.most // table.page_size)
-        if needed + beside - len(match.pages) > table.available + in_place - headroom:
-            table.release(match.pages if match.source is None else [*match.pages, match.source])
-            self._refused = (sequence, table.version, len(self.running))
+        if not self._pager.admit(sequence, len(self.running)):
+            self._refused = (sequence, self.pools.version, len(self.running))
             return False
         self._refused = None
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda other: other.rank)
         sequence.move(RequestState.PREFILL)
-        sequence.matched = len(match.pages)
-        sequence.keys = match.keys
-        sequence.follows = None
-        if sequence.shadow is not None:
-            sequence.shadow.pages = [table.take() for _ in range(beside)]
-        fresh = [table.take() for _ in range(needed - len(match.pages) - (match.source is not None))]
-        if match.source is not None:
-            # After the others: when they took the last pages, the matched page itself goes on.
-            page, sequence.copy = table.fork(match)
-            fresh.insert(0, page)
-        sequence.pages = match.pages + fresh
-        if roller is not None and found is not None:
-            self._resume(roller, sequence, found)
-        sequence.kv_length = len(sequence.keys) * table.page_size + match.shared
-        sequence.draft_length = sequence.kv_length
-        sequence.version += 1
-        if sequence.reused_tokens is None:
-            sequence.reused_tokens = sequence.kv_length
         return True
-
-    def _resume(self, roller: Roller, sequence: Sequence, found: Found) -> None:
-        """Go on with a window, which begins with pages that are still to be written where something has left it."""
-        sinks: list[int] = []
-        if found.keys:
-            assert sequence.roll is not None
-            count = sequence.roll.sinks
-            sinks, rest = sequence.pages[-count:], sequence.pages[:-count]
-            sequence.pages, sequence.keys, sequence.matched = [*sinks, *rest], list(found.keys), 0
-        roller.adopt(sequence, found, sinks)
 
     def _should_follow(self, sequence: Sequence) -> bool:
         """True while a running prompt is still to compute a beginning that this sequence could reuse afterwards."""
         if sequence.scores_prompt:
             return False
         if sequence.follows is None:
-            worthwhile = max(1, self.table.page_size // 8)
+            worthwhile = max(1, self.pools.page_size // 8)
             for other in self.running:
                 if other.state is not RequestState.PREFILL or other.root != sequence.root:
                     continue
@@ -315,33 +259,6 @@ class Scheduler:
                 return False
         leader, common = sequence.follows
         return leader.state is RequestState.PREFILL and leader.kv_length < common
-
-    def _give_back(self, sequence: Sequence, *, forget: bool = False) -> None:
-        if sequence.copy is not None:
-            # The copy never happened: what was to be copied is not in the page.
-            sequence.kv_length = min(sequence.kv_length, len(sequence.keys) * self.table.page_size)
-            self.settle(sequence)
-        if not forget:
-            self._record_tail(sequence)
-        self.table.release(sequence.pages[sequence.matched :], forget=forget)
-        self.table.release(sequence.pages[: sequence.matched])
-        sequence.matched = 0
-        sequence.pages = []
-        sequence.keys = []
-        sequence.kv_length = 0
-        sequence.draft, sequence.wish, sequence.room = [], 0, 0
-        sequence.sinks = None
-        if sequence.shift:
-            sequence.set_gone(0)
-        if sequence.shadow is not None:
-            sequence.shadow.release(self.table)
-        sequence.version += 1
-
-    def _record_tail(self, sequence: Sequence) -> None:
-        start = len(sequence.keys) * self.table.page_size
-        if start < sequence.kv_length:
-            tail = sequence.tokens[start : sequence.kv_length]
-            self.table.record(sequence.pages[len(sequence.keys)], sequence.parent, tail)
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.pages import PageCopy
+from ..cache.pools import Held
 from ..cache.sinks import Sinks
 from ..cache.window import NOTHING, Cut, Roll
 from ..sampling.sampler import Sampler
@@ -13,7 +14,7 @@ from .banning import Bans
 from .guidance import Shadow
 from .lookup import SuffixIndex
 from .pace import Pace
-from .request import Request, RequestState, Result, StopReason, TokenLogprob, check_transition
+from .request import Left, Request, RequestState, Result, StopReason, TokenLogprob, check_transition
 from .steering import Steering
 from .stops import StopIds
 from .stream import StopStream, Trim
@@ -24,15 +25,17 @@ class Sequence:
     """One request on its way.
 
     tokens     what the model sees: the prompt as it was cut, then what was generated, minus what a window dropped
-    pages      the pages that hold keys and values of tokens[:kv_length], and perhaps room for more
+    held       in every pool, the pages with keys and values of tokens[:kv_length], and perhaps room for more
     keys       the keys of the full ones among them, which are sealed
     kv_length  tokens whose keys and values are computed. While decoding, all but the last token
-    copy       must be carried out before the first pass over this sequence
-    version    changes whenever `pages` does
+    copies     must be carried out before the first pass over this sequence
+    version    changes whenever `held` does
     roll       how it goes on past a full context; None: as its overflow policy says
-    shift      rope position of every token, less its index in `tokens`: as many have left from behind the sinks
+    shift      rope position of every token, less its index in `tokens`: as many have left from behind the first ones
     gone       those tokens; `left` is the most there ever were of them, `told` how many of those events told of
     whole      the prompt before it was cut, of which `cut` left: more of it may be in the cache
+    left_turns what left a conversation before; `root` is then not always `base`, where keys begin if nothing left
+    placed     (start, stop): these tokens are in the cache although some before them are still to be computed
     draft      guesses behind `tokens`, of which `room` have slots and `wish` were asked for; from the source of `pace`
     draft_length  tokens whose keys and values the draft model has computed
     settled    generated tokens that no banned string can take back
@@ -53,10 +56,10 @@ class Sequence:
     prompt: tuple[int, ...] = ()
     generated: list[int] = field(default_factory=list)
     state: RequestState = RequestState.QUEUED
-    pages: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=lambda: [Held()])
     keys: list[bytes] = field(default_factory=list)
     kv_length: int = 0
-    copy: PageCopy | None = None
+    copies: tuple[PageCopy, ...] = ()
     version: int = 0
     matched: int = 0  # leading pages that came full from the cache
     follows: "tuple[Sequence, int] | None" = None  # wait until that one computed so many tokens: ours begin like them
@@ -75,6 +78,9 @@ class Sequence:
     sinks: Sinks | None = None
     whole: tuple[int, ...] | None = None
     cut: Cut = NOTHING
+    left_turns: Left | None = None
+    base: bytes = b""
+    placed: tuple[int, int] | None = None
     planned: int = 0  # tokens, prompt and reply
     # guesses
     draft: list[int] = field(default_factory=list)
@@ -99,11 +105,25 @@ class Sequence:
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.prompt = tuple(self.tokens)
+        self.prompt, self.base = tuple(self.tokens), self.root
 
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages of the first pool."""
+        return self.held[0].pages
+
+    @pages.setter
+    def pages(self, pages: list[int]) -> None:
+        self.held[0].pages = pages
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """The pages of every pool; 0 where one has left."""
+        return [held.pages for held in self.held]
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -128,8 +148,22 @@ class Sequence:
 
     @property
     def capacity(self) -> int:
-        """Most tokens that may be in the cache before some have to leave."""
+        """Most tokens that may be in the cache before some have to leave, or before others are there already."""
+        if self.placed is not None:
+            return self.placed[0]
         return len(self.tokens) if self.roll is None else self.roll.capacity
+
+    def reach(self, length: int) -> None:
+        """That many tokens are in the cache, and those that were put behind them."""
+        if self.placed is not None and length == self.placed[0]:
+            if self.draft_length == length:
+                self.draft_length = self.placed[1]
+            length, self.placed = self.placed[1], None
+        self.kv_length = length
+
+    def is_late(self, now: float) -> bool:
+        """True from the deadline of the request on."""
+        return self.request.deadline is not None and now - self.submitted >= self.request.deadline
 
     def move(self, state: RequestState) -> None:
         """Enter `state`. Raises IllegalTransition where the table does not allow it."""

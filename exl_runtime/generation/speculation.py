@@ -57,7 +57,8 @@ class Speculator:
     def follow(self, chunks: Many[Chunk]) -> None:
         """Let the draft model read what the model has read of prompts; what replies add it reads when it guesses."""
         if self.drafter is not None:
-            self.drafter.follow([chunk for chunk in chunks if chunk.stop - chunk.start > 1])
+            several = [c for c in chunks if c.stop - c.start > 1 or c.sequence.placed is not None]
+            self.drafter.follow(several)
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence has ended well and still holds its pages: keep of it what later guesses can use."""

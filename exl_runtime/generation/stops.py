@@ -7,12 +7,13 @@ from typing import Literal
 class StopIds:
     """Which token ids end a reply, and why: the model's own end-of-sequence ids, and those a request adds."""
 
-    __slots__ = ("_reasons",)
+    __slots__ = ("_reasons", "ids")
 
     def __init__(self, eos_ids: Iterable[int], stop_ids: Iterable[int] = ()) -> None:
         self._reasons: dict[int, Literal["eos", "stop"]] = dict.fromkeys(stop_ids, "stop") | dict.fromkeys(
             eos_ids, "eos"
         )
+        self.ids = tuple(self._reasons)
 
     def reason(self, token: int) -> Literal["eos", "stop"] | None:
         """Why `token` ends the reply; None if it does not."""

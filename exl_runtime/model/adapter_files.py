@@ -1,11 +1,17 @@
 """Reads a LoRA adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors. Knows no kernels.
 
-Layout facts (peft 0.17, `LoraConfig` and `get_peft_model_state_dict`):
-* A tensor is named "base_model.model." + the path of the module + ".lora_A.weight" or ".lora_B.weight"; some writers
-  leave the adapter's own name between: ".lora_A.default.weight".
-* A is (rank, in_features), B is (out_features, rank); what is added to the module's output is scale * B A x.
-* scale is lora_alpha / rank, or lora_alpha / sqrt(rank) with use_rslora. rank_pattern and alpha_pattern replace r and
-  lora_alpha for modules whose path ends in a key, taken as a regular expression; the first key that fits counts.
+Layout facts (peft 0.21, `get_peft_model_state_dict`); names begin with "base_model.model." and the path of a module:
+* .lora_A.weight (rank, in), .lora_B.weight (out, rank): scale * B A x is added to the module's output; with lora_bias
+  also scale * .lora_B.bias (out,). Some writers leave the adapter's own name between: ".lora_A.default.weight".
+* .lora_magnitude_vector (out,): DoRA. The module's matrix becomes magnitude * (W + scale B A) / norm, the norm being
+  that of each row of W + scale B A.
+* .lora_embedding_A (rank, vocab), .lora_embedding_B (hidden, rank): the same for a table, without ".weight".
+* .weight, .bias: a module that was trained whole (modules_to_save, bias); ".base_layer" before it where it is adapted
+  besides. A weight behind ".base_layer" is the base model's own, which peft stores with adapted embeddings.
+* .token_adapter.trainable_tokens_delta (n, hidden): the rows of single tokens (trainable_token_indices).
+* Bare 3-D parameters (target_parameters) of one module hide in each other: experts.lora_A is one,
+  experts.base_layer.lora_A the other. E experts lie together, A as (E * rank, in) expert after expert, B as
+  (out, rank * E) with the expert last.
 """
 
 import re
@@ -19,48 +25,69 @@ from torch import Tensor
 from ..checkpoint.header import read_header, short
 from ..checkpoint.index import FolderIndex
 from ..checkpoint.reader import Checkpoint
-from ..config.fields import Fields, shown
+from ..config.fields import Fields
 from ..config.read import read_object
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError
+from .adapter_config import MERGE, Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 PREFIX = "base_model.model."
-_NAME = re.compile(r"(?P<path>.+)\.lora_(?P<half>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
-
-# What changes more than a product of two thin matrices, by the key that asks for it.
-REFUSED = {
-    "use_dora": "it is a DoRA adapter, which rescales the weights themselves",
-    "modules_to_save": "it replaces whole modules",
-    "lora_bias": "its matrices have biases",
-    "use_qalora": "it is a QA-LoRA adapter, which pools the inputs",
-    "target_parameters": "it adapts bare parameters, such as stacked experts",
-    "trainable_token_indices": "it retrains single tokens of the embedding",
-    "alora_invocation_tokens": "it is an activated LoRA, which begins in the middle of the prompt",
-    "layer_replication": "it repeats layers of the model",
-    "arrow_config": "it routes between adapters",
+BASE = ".base_layer"
+# What a tensor is, by the end of its name; the first that fits.
+_KINDS = {
+    kind: re.compile(r"(?P<path>.+?)" + end)
+    for kind, end in {
+        "lora_A": r"\.lora_A(?:\.(?!weight$)[^.]+)?\.weight",
+        "lora_B": r"\.lora_B(?:\.(?!weight$)[^.]+)?\.weight",
+        "lora_B.bias": r"\.lora_B(?:\.(?!bias$)[^.]+)?\.bias",
+        "lora_magnitude_vector": r"\.lora_magnitude_vector(?:\.[^.]+){0,2}",
+        "lora_embedding_A": r"\.lora_embedding_A(?:\.(?!weight$)[^.]+)?",
+        "lora_embedding_B": r"\.lora_embedding_B(?:\.(?!weight$)[^.]+)?",
+        "tokens": r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?",
+        "bias": rf"(?:\{BASE})*\.bias",
+        "base": rf"(?:\{BASE})+\.weight",
+        "weight": r"\.weight",
+    }.items()
 }
-# These leave part of the original weights out of the model, so that the adapter alone belongs to another model.
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
-MERGE = "merge it into its base model with peft (merge_and_unload), then convert the result"
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one module gets added: scale * up @ down. down (rank, in_features), up (out_features, rank), as stored."""
+    """What one module gets added: scale * up @ down, as stored: down (rank, in), up (out, rank).
+
+    bias       (out,) or None: scale * bias is added too
+    magnitude  (out,) or None: DoRA
+    table      the module is an embedding: `in` are tokens
+    """
 
     path: str
     down: Tensor
     up: Tensor
-    scale: float
+    bias: Tensor | None
+    magnitude: Tensor | None
+    table: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A module trained whole: its matrix, its bias, or with `tokens` those rows of a matrix."""
+
+    path: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """digest: 16 bytes that stand for everything in the two files."""
+    """bases: path -> shape of a base model's own matrix stored along; digest: 16 bytes for everything in the files."""
 
     folder: Path
+    settings: Settings
     deltas: tuple[Delta, ...]
+    replaced: tuple[Replaced, ...]
+    bases: dict[str, tuple[int, ...]]
     digest: bytes
 
 
@@ -74,71 +101,21 @@ def read_adapter(folder: Path) -> AdapterFiles:
     raw = read_object(folder / CONFIG)
     if raw is None:
         raise AdapterError(f"{folder}: no {CONFIG} in this folder", hint="give the folder that peft wrote")
-    scaling = _Scaling(Fields(raw, str(folder / CONFIG)))
+    settings = Settings(Fields(raw, str(folder / CONFIG)))
     path = folder / WEIGHTS
     infos = {info.name: info for info in read_header(path)}
+    deltas: list[Delta] = []
+    replaced: list[Replaced] = []
+    bases: dict[str, tuple[int, ...]] = {}
     with Checkpoint(FolderIndex(folder, (path,), infos)) as tensors:
-        found = [_delta(tensors, names, module, scaling) for module, names in _pairs(tensors).items()]
-    return AdapterFiles(folder, tuple(found), _digest(folder))
-
-
-class _Scaling:
-    """Rank and scale of every module, as the configuration has them."""
-
-    def __init__(self, fields: Fields) -> None:
-        self.where = fields.where
-        _refuse_kinds(fields)
-        self.rank = fields.integer("r")
-        self.alpha = fields.number("lora_alpha", above=-1e9)
-        self.root = fields.flag("use_rslora", False)
-        self.ranks = self._pattern(fields, "rank_pattern")
-        self.alphas = self._pattern(fields, "alpha_pattern")
-
-    def of(self, path: str, rank: int) -> float:
-        """The scale of a module whose matrices have this rank. Raises AdapterError when the file says another."""
-        wanted = _first(self.ranks, path, self.rank)
-        if rank != wanted:
-            raise AdapterError(
-                f"{self.where}: module {short(path)} should have rank {wanted:g}, its tensors have {rank}",
-                hint=f"{CONFIG} and {WEIGHTS} are from different adapters",
-            )
-        return _first(self.alphas, path, self.alpha) / (rank**0.5 if self.root else rank)
-
-    def _pattern(self, fields: Fields, key: str) -> dict[re.Pattern[str], float]:
-        given = fields.values.get(key) or {}
-        if not isinstance(given, Mapping):
-            raise fields.error(key, "an object")
-        found = {}
-        for text, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f'{self.where}: "{key}" of {short(text)} must be a number, is {shown(value)}')
-            try:
-                found[re.compile(rf"(.*\.)?({str(text).lstrip('^')})$")] = float(value)
-            except re.error as err:
-                raise ConfigError(f'{self.where}: "{key}": {short(text)} is no regular expression: {err}') from err
-        return found
-
-
-def _first(patterns: Mapping[re.Pattern[str], float], path: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if pattern.match(path)), default)
-
-
-def _refuse_kinds(fields: Fields) -> None:
-    kind = fields.values.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise AdapterError(f"{fields.where}: the adapter is {shown(kind)}, only LORA is supported", hint=MERGE)
-    for key, why in REFUSED.items():
-        if fields.values.get(key):
-            raise AdapterError(f'{fields.where}: "{key}" is set: {why}; that is not supported', hint=MERGE)
-    if fields.values.get("bias", "none") != "none":
-        bias = shown(fields.values["bias"])
-        raise AdapterError(f'{fields.where}: "bias" is {bias}: retrained biases are not supported', hint=MERGE)
-    start = fields.values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
-        raise AdapterError(
-            f"{fields.where}: the adapter was started by {start}, which changes the model's own weights too",
-            hint="save it again with peft's path_initial_model_for_weight_conversion, which makes it an ordinary one",
-        )
+        for module, names in _modules(tensors).items():
+            if "base" in names:
+                bases[module] = _flat(tensors, names.pop("base"), 2)
+            if names.keys() & {"weight", "bias", "tokens"}:
+                replaced += _replaced(tensors, names, module, settings)
+            if names:
+                deltas.append(_delta(tensors, names, module, settings))
+    return AdapterFiles(folder, settings, tuple(deltas), tuple(replaced), bases, _digest(folder))
 
 
 def _require_files(folder: Path) -> None:
@@ -157,34 +134,72 @@ def _require_files(folder: Path) -> None:
     raise AdapterError(f"{folder}: no {WEIGHTS} in this folder", hint="give the folder that peft wrote")
 
 
-def _pairs(tensors: Checkpoint) -> dict[str, dict[str, str]]:
-    """Module path -> half ("A", "B") -> tensor name, sorted by path."""
-    pairs: dict[str, dict[str, str]] = {}
+def _modules(tensors: Checkpoint) -> dict[str, dict[str, str]]:
+    """Module path -> kind -> tensor name, sorted by path."""
+    modules: dict[str, dict[str, str]] = {}
     for name in sorted(tensors.names):
-        match = _NAME.fullmatch(name.removeprefix(PREFIX))
+        found = ((kind, ending.fullmatch(name.removeprefix(PREFIX))) for kind, ending in _KINDS.items())
+        kind, match = next(((kind, match) for kind, match in found if match is not None), ("", None))
         if match is None:
-            what = "an adapted embedding" if "lora_embedding" in name else "neither of lora_A.weight and lora_B.weight"
-            raise AdapterError(f"{tensors.where(name)} is {what}; that is not supported", hint=MERGE)
-        halves = pairs.setdefault(match["path"], {})
-        if other := halves.get(match["half"]):
+            raise AdapterError(f"{tensors.where(name)} is neither of lora_A.weight and lora_B.weight", hint=MERGE)
+        names = modules.setdefault(match["path"], {})
+        if other := names.get(kind):
             raise AdapterError(f"{tensors.where(name)} and {short(other)} are for the same module")
-        halves[match["half"]] = name
-    if not pairs:
+        names[kind] = name
+    if not modules:
         raise AdapterError(f"{tensors.folder / WEIGHTS}: holds no tensors", hint="download the file again")
-    return pairs
+    return modules
 
 
-def _delta(tensors: Checkpoint, names: Mapping[str, str], path: str, scaling: _Scaling) -> Delta:
-    for half, other in (("A", "B"), ("B", "A")):
-        if half not in names:
-            raise AdapterError(f"{tensors.where(names[other])} has no lora_{half} beside it", hint="download it again")
-    down, up = (tensors.tensor(names[half]) for half in ("A", "B"))
+def _replaced(tensors: Checkpoint, names: dict[str, str], path: str, settings: Settings) -> list[Replaced]:
+    """Takes what it reads out of `names`."""
+    found = {}
+    # A norm is refused later, by what it is.
+    for kind, dims in (("weight", 1 if path.endswith("norm") else 2), ("bias", 1), ("tokens", 2)):
+        if kind in names:
+            _flat(tensors, names[kind], dims)
+            found[kind] = tensors.tensor(names.pop(kind))
+    replaced = []
+    if "weight" in found or "bias" in found:
+        replaced.append(Replaced(path, found.get("weight"), found.get("bias")))
+    if (rows := found.get("tokens")) is not None:
+        replaced.append(Replaced(path, rows, None, settings.tokens(path, rows.shape[0])))
+    return replaced
+
+
+def _flat(tensors: Checkpoint, name: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor, which has to have so many dimensions."""
+    shape = tuple(tensors.info(name).shape)
+    if len(shape) != dims or not all(shape):
+        raise AdapterError(
+            f"{tensors.where(name)}: shape {shape}, wanted {dims} dimension{'s' * (dims > 1)}, none empty"
+        )
+    return shape
+
+
+def _delta(tensors: Checkpoint, names: Mapping[str, str], path: str, settings: Settings) -> Delta:
+    table = any("embedding" in kind for kind in names)
+    first, second = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A", "lora_B")
+    some = tensors.where(next(iter(names.values())))
+    wanted = {first, second}
+    wanted |= {"lora_magnitude_vector"} if settings.dora else set()
+    wanted |= {"lora_B.bias"} if settings.biased and not table else set()
+    if missing := sorted(wanted - names.keys()):
+        raise AdapterError(f"{some} has no {missing[0]} beside it", hint="download it again")
+    if extra := sorted(names.keys() - wanted):
+        raise AdapterError(f"{tensors.where(names[extra[0]])}: {settings.where} knows nothing of a {extra[0]}")
+    down, up = (tensors.tensor(names[half]) for half in (first, second))
     if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
         raise AdapterError(
-            f"{tensors.where(names['A'])}: shape {tuple(down.shape)}, and {tuple(up.shape)} of lora_B: "
+            f"{tensors.where(names[first])}: shape {tuple(down.shape)}, and {tuple(up.shape)} of {second}: "
             "wanted (rank, in) and (out, rank)"
         )
-    return Delta(path, down, up, scaling.of(path, down.shape[0]))
+    vectors: dict[str, Tensor] = {}
+    for kind in sorted(names.keys() - {first, second}):
+        vectors[kind] = vector = tensors.tensor(names[kind])
+        if tuple(vector.shape) != (up.shape[0],):
+            raise AdapterError(f"{tensors.where(names[kind])}: shape {tuple(vector.shape)}, wanted ({up.shape[0]},)")
+    return Delta(path, down, up, vectors.get("lora_B.bias"), vectors.get("lora_magnitude_vector"), table)
 
 
 def _digest(folder: Path) -> bytes:

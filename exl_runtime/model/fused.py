@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..cache.geometry import CacheGeometry
 from ..ops import cuda_small
 from ..ops.attention.choose import refusal
 from ..ops.attention.cuda import workspace_on
@@ -17,8 +18,9 @@ from ..ops.kv_cuda import rope_append
 from ..ops.linear.packed_cuda import gated_together, multiply_together
 from ..ops.linear.reference import Reference
 from .attention import Attention
-from .batch import ForwardBatch
+from .batch import ForwardBatch, by_layer
 from .block import Block
+from .embedding import Embedding
 from .linear import Linear, project
 from .mlp import Mlp
 from .placement import memory_of
@@ -27,6 +29,8 @@ from .transformer import Transformer, require_finite
 
 class Layers(Protocol):
     """Keys and values by layer: a `KVStorage`, or the parts of several."""
+
+    geometry: CacheGeometry
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key pages and value pages of one layer."""
@@ -55,16 +59,19 @@ class FusedTransformer(Transformer):
 
     def begin(self, batch: ForwardBatch) -> Tensor:
         """The embedded tokens, float32 (T, hidden)."""
+        if type(self.embedding) is not Embedding:  # a subclass puts something on top
+            return self.embedding(batch.tokens)
         return cuda_small.embed(batch.tokens, self.embedding.table, self.embedding.scale)
 
     def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         """x, float32 (T, hidden), after all blocks of this model; changed in place."""
         ropes = self._angles.of_all(batch)
         delta: Tensor | None = None  # what the half-layer before still has to add to the stream
+        seen = by_layer(batch, kv.geometry)
         for block in self.blocks:
             pages = kv.layer(block.layer.index)
             h = self._next_norm(x, delta, block.norms.input)
-            attended = self._attended(block.attention, h, batch, ropes[block.layer.rope], *pages)
+            attended = self._attended(block.attention, h, seen[block.layer.index], ropes[block.layer.rope], *pages)
             delta = self._added(x, block.attention.out, attended, block.norms.post_attention)
             h = self._next_norm(x, delta, block.norms.pre_mlp)
             delta = self._mixed(x, block, h)

@@ -147,6 +147,8 @@ class DecodeGraphs:
     def refuses(self, rows: Sequence[Row]) -> str | None:
         """None if `step` can take these rows, else why they have to run as usual."""
         why = self._broken or self._recorder.why_not() or self._model.why_not_recorded(self._kv)
+        if why is None and len(self._kv.counts) > 1:
+            why = "layers with windows have pages of their own"
         if why is not None:
             return why
         if not 1 <= len(rows) <= MOST_ROWS:

@@ -251,7 +251,7 @@ class _Loader:
                 yield self.gated(part, moe.intermediate_size, moe.activation, biased=False)
 
         router = self.linear(names.router(i), self.spec.hidden_size, moe.experts, biased=False)
-        return Moe(router=router, experts=list(experts()), spec=moe)
+        return Moe(router=router, experts=list(experts()), spec=moe, route=self.ops.route)
 
     def gated(self, part: Callable[[str], tuple[Source, ...]], inner: int, activation: str, *, biased: bool) -> Mlp:
         """An MLP. Where `down` stores its rows in another order than the model's, and all three are repacked anyway,

@@ -1,24 +1,28 @@
 """A sparse mixture of experts: every token visits the few experts its router picks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..config.spec import MoeSpec
-from ..ops.moe import route
 from .linear import Linear
 from .mlp import Mlp
 
+Route = Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
+
 
 class Moe:
-    """Router, experts, weighted sum; x (T, hidden) -> (T, hidden)."""
+    """Router, experts, weighted sum; x (T, hidden) -> (T, hidden). route: see `ops.moe.route`."""
 
-    def __init__(self, *, router: Linear, experts: list[Mlp], spec: MoeSpec) -> None:
+    def __init__(self, *, router: Linear, experts: list[Mlp], spec: MoeSpec, route: Route) -> None:
         self.router = router
         self.experts = experts
         self.spec = spec
+        self.route = route
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights, chosen = route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
+        weights, chosen = self.route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
         out = torch.zeros_like(x)
         # Experts in ascending order, so that the order of the sum for one token never depends on its neighbours.
         for expert in chosen.unique(sorted=True).tolist():

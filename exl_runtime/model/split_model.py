@@ -18,7 +18,7 @@ from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
 from ..ops.attention.cuda import release
 from ..ops.table import OpSet
-from .batch import ForwardBatch
+from .batch import ForwardBatch, by_layer
 from .block import Block
 from .embedding import Embedding
 from .fused import FusedTransformer, Layers
@@ -44,8 +44,9 @@ class StageTransformer(Transformer):
     def through(self, x: Tensor, batch: ForwardBatch, kv: Layers, *, check: bool) -> Tensor:
         """See `FusedTransformer.through`."""
         ropes = self._angles.of_all(batch)
+        seen = by_layer(batch, kv.geometry)
         for block in self.blocks:
-            x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
+            x = block(x, seen[block.layer.index], ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:
                 require_finite(x, f"layer {block.layer.index}")
         return x
@@ -115,14 +116,21 @@ class Bridge:
 class SplitCache:
     """Pages over several devices: page p of a sequence is page p of every part. Stands in for a `KVStorage`."""
 
-    def __init__(self, geometry: CacheGeometry, pages: int, stages: Sequence[Stage]) -> None:
-        """Raises OutOfMemory when a part does not fit its device."""
+    def __init__(self, geometry: CacheGeometry, pages: int | Sequence[int], stages: Sequence[Stage]) -> None:
+        """`pages` as for `KVStorage`. Raises OutOfMemory when a part does not fit its device."""
+        groups = geometry.groups
         self.geometry = geometry
-        self.pages = pages
+        self.counts = (pages,) * len(groups) if isinstance(pages, int) else tuple(pages)
+        self.pages = self.counts[0]
         self.page_size = geometry.page_size
         self.device = stages[0].device
-        parts = [replace(geometry, layers=stage.stop - stage.first) for stage in stages]
-        self._parts = [KVStorage(part, pages, stage.device) for part, stage in zip(parts, stages, strict=True)]
+        self._windows = [group.window for group in groups]
+        self._parts = []
+        for stage in stages:
+            windows = geometry.windows[stage.first : stage.stop]
+            part = replace(geometry, layers=stage.stop - stage.first, windows=windows)
+            counts = [self.counts[self._windows.index(group.window)] for group in part.groups]
+            self._parts.append(KVStorage(part, counts, stage.device))
         self._layers = [part.layer(i) for part in self._parts for i in range(part.geometry.layers)]
 
     @property
@@ -134,10 +142,12 @@ class SplitCache:
         """See `KVStorage.layer`."""
         return self._layers[index]
 
-    def copy_page(self, source: int, target: int, tokens: int) -> None:
+    def copy_page(self, source: int, target: int, tokens: int, group: int = 0) -> None:
         """See `KVStorage.copy_page`."""
         for part in self._parts:
-            part.copy_page(source, target, tokens)
+            windows = [own.window for own in part.geometry.groups]
+            if self._windows[group] in windows:
+                part.copy_page(source, target, tokens, windows.index(self._windows[group]))
 
 
 class SplitTransformer:

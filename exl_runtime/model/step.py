@@ -1,7 +1,7 @@
 """The native pass of a model: one call for all layers where its parts are ones that ext/cpu/step.h knows.
 
 It gives the bits of the blocks called one after another, without an interpreter and without torch between them.
-Mixtures of experts, half precision on the CPU and kernels from elsewhere are not for it.
+Half precision on the CPU and kernels from elsewhere are not for it.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,13 @@ from torch import Tensor
 from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec, RopeSpec
 from ..ops import step as native
+from ..ops.step import NO_MORE, Onward
 from .batch import Plan
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
 from .mlp import Mlp
+from .moe import Moe
 
 WHOLE = 64  # tokens of a pass that runs in one call; a longer one comes back to the interpreter after every layer
 
@@ -50,11 +52,17 @@ class NativeStep:
         places: Sequence[int],
         draws: Sequence[float],
         banned: Sequence[int],
+        onward: Onward,
     ) -> list[int]:
         """A token behind each of the L rows, see `ops.step.Program.draw`; for passes of at most WHOLE tokens."""
         program = self.program
-        program.bind(kv.keys, kv.values, angles)
-        return program.draw(_numbers(plan, places), plan.pages, draws, banned)
+        if not program.bind(kv.keys, kv.values, angles):
+            onward = NO_MORE  # angles of this pass alone are of no use for the next
+        return program.draw(_numbers(plan, places), plan.pages, draws, banned, onward)
+
+    def halt(self) -> None:
+        """End what runs ahead of the calls, see `ops.step.Program.halt`."""
+        self.program.halt()
 
 
 def _numbers(plan: Plan, places: Sequence[int]) -> list[int]:
@@ -100,12 +108,11 @@ def native_step(
 
 def _layer(block: Block, ropes: Sequence[RopeSpec]) -> native.Layer | None:
     attention, mlp, norms = block.attention, block.mlp, block.norms
-    if type(mlp) is not Mlp:
-        return None
-    linears = (attention.query, attention.key, attention.value, attention.out, mlp.gate, mlp.up, mlp.down)
+    linears = (attention.query, attention.key, attention.value, attention.out, *mlp.linears)
     matrices = tuple(matrix for linear in linears if (matrix := _matrix(linear)) is not None)
-    if len(matrices) < len(linears):
+    if type(mlp) not in (Mlp, Moe) or len(matrices) < len(linears):
         return None
+    mixture = mlp.spec if isinstance(mlp, Moe) else None
     heads = attention.norms
     return native.Layer(
         matrices=matrices,
@@ -117,9 +124,11 @@ def _layer(block: Block, ropes: Sequence[RopeSpec]) -> native.Layer | None:
             None if heads is None else heads.query,
             None if heads is None else heads.key,
         ),
-        activation=mlp.activation,
+        activation=mlp.activation if mixture is None else mixture.activation,
         window=attention.window,
         rope=ropes.index(block.layer.rope),
+        visits=0 if mixture is None else mixture.experts_per_token,
+        normalize=mixture is not None and mixture.normalize_top,
     )
 
 

@@ -16,7 +16,7 @@ from ..config.spec import MlpSpec, ModelSpec
 from ..errors import OutOfMemory
 from ..formats.detect import MARKERS
 from .attending import attention_lines, pages_like
-from .placement import auto_context, cache_pages, geometry_of, plan, resolve_cache
+from .placement import auto_context, cache_bytes, cache_pages, geometry_of, plan, resolve_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,8 @@ class ModelSummary:
     load_context: int = 0
     load_cache_bytes: int = 0
     attention: tuple[str, ...] = ()  # on the GPU that is here: who does it, and why
+    layers: int = 0
+    windows: tuple[tuple[int, int], ...] = ()  # layers, and the last tokens they see and keep of that context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,7 @@ def summarize(
         file_bytes=file_bytes,
         weight_bytes=weight_bytes,
         kinds=stored.kinds,
+        layers=len(spec.layers),
         context_length=spec.context_length,
         context=needed.context,
         cache_dtype=kind.name,
@@ -117,6 +120,7 @@ def summarize(
         total_bytes=needed.total_bytes,
         free_bytes=free,
         attention=_attention(spec, cache),
+        windows=_windows(spec, kind, needed.context),
         **_load(spec, context, kind, where, free - weight_bytes),
     )
 
@@ -127,8 +131,14 @@ def _load(spec: ModelSpec, context: int | None, cache: CacheType, device: torch.
         length = auto_context(spec, cache=cache, device=device, free=free) if context is None else context
     except OutOfMemory:
         return {}
-    nbytes = cache_pages(spec, length, cache=cache, device=device, free=free) * geometry_of(spec, cache).bytes_per_page
+    geometry = geometry_of(spec, cache, length)
+    nbytes = cache_bytes(geometry, cache_pages(geometry, length, device=device, free=free))
     return {"load_context": length, "load_cache_bytes": nbytes} if nbytes <= free else {}
+
+
+def _windows(spec: ModelSpec, cache: CacheType, context: int) -> tuple[tuple[int, int], ...]:
+    groups = geometry_of(spec, cache, context).groups
+    return tuple((len(group.layers), group.window) for group in groups if group.window is not None)
 
 
 def _attention(spec: ModelSpec, cache: str) -> tuple[str, ...]:

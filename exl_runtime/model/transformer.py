@@ -16,10 +16,10 @@ from ..cache.storage import KVStorage
 from ..config.spec import ModelSpec
 from ..errors import NonFiniteError
 from ..ops.native import torch_alone
-from ..ops.step import all_finite
+from ..ops.step import NO_MORE, Onward, all_finite
 from ..ops.table import OpSet
 from .angles import Angles
-from .batch import ForwardBatch, Plan
+from .batch import ForwardBatch, Plan, by_layer
 from .block import Block
 from .embedding import Embedding
 from .linear import Linear
@@ -54,6 +54,7 @@ class Transformer:
         self._angles = Angles(tuple(dict.fromkeys(layer.rope for layer in spec.layers)), device)
         self._step: NativeStep | None = None
         self._step_is_known = False
+        self.runs_ahead = True  # whether `draw_plan` begins what is known of the next pass
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +68,7 @@ class Transformer:
         Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
         is not finite.
         """
-        if self.step is not None:
+        if self._step_for(kv) is not None:
             return self.forward_plan(Plan.of(batch), kv)
         logits = self._run(batch, kv, check=False)
         if not all_finite(logits):
@@ -76,7 +77,7 @@ class Transformer:
 
     def forward_plan(self, plan: Plan, kv: KVStorage) -> Tensor:
         """`forward` without a detour over tensors, for what runs natively."""
-        step = self.step
+        step = self._step_for(kv)
         if step is None:
             return self.forward(plan.on(self.device), kv)
         logits, finite = step.run(plan, kv, *self._angles.rows(plan))
@@ -92,15 +93,30 @@ class Transformer:
         """Whether `draw_plan` can be called."""
         return self.spec.logit_softcap is None and self.step is not None
 
-    def draw_plan(self, plan: Plan, kv: KVStorage, draws: Sequence[float], banned: Sequence[int]) -> list[int] | None:
+    def draw_plan(
+        self,
+        plan: Plan,
+        kv: KVStorage,
+        draws: Sequence[float],
+        banned: Sequence[int],
+        onward: Onward = NO_MORE,
+    ) -> list[int] | None:
         """`forward_plan` and a token drawn behind each of its rows, natively, without logits that anybody sees.
 
-        draws, banned: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its logits are
-        not finite; `forward_plan` then says what is wrong. At most `step.WHOLE` tokens.
+        draws, banned, onward: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its
+        logits are not finite; `forward_plan` then says what is wrong. None, too, for pages it cannot read. At most
+        `step.WHOLE` tokens.
         """
-        assert self.step is not None
-        tokens = self.step.draw(plan, kv, *self._angles.rows(plan), draws, banned)
+        step = self._step_for(kv)
+        if step is None:
+            return None
+        tokens = step.draw(plan, kv, *self._angles.rows(plan), draws, banned, onward if self.runs_ahead else NO_MORE)
         return None if -1 in tokens else tokens
+
+    def halt(self) -> None:
+        """End the pass that runs ahead of the calls, if there is one: before others than this model touch the pages."""
+        if self._step is not None:
+            self._step.halt()
 
     def _refuse(self, batch: ForwardBatch, kv: KVStorage) -> NoReturn:
         """The logits are not finite: find the layer."""
@@ -116,14 +132,20 @@ class Transformer:
             self._step_is_known = True
         return self._step
 
+    def _step_for(self, kv: KVStorage) -> NativeStep | None:
+        """The native pass, which knows one group of layers."""
+        return self.step if len(kv.counts) == 1 else None
+
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""
+        self.halt()
         self._step, self._step_is_known = None, False
 
-    def with_parts(self, blocks: list[Block], head: Linear) -> Self:
-        """The same model with other blocks and another head; all else is shared."""
+    def with_parts(self, blocks: list[Block], head: Linear, embedding: Embedding) -> Self:
+        """The same model with other blocks, another head and embedding; all else is shared."""
+        self.halt()
         other = copy(self)
-        other.blocks, other.head = blocks, head
+        other.blocks, other.head, other.embedding = blocks, head, embedding
         other.forget_step()
         return other
 
@@ -134,6 +156,7 @@ class Transformer:
 
     def _run(self, batch: ForwardBatch, kv: KVStorage, *, check: bool) -> Tensor:
         """Operator by operator."""
+        self.halt()
         with torch.inference_mode(), self._alone():
             return self._run_layers(batch, kv, check)
 
@@ -146,8 +169,9 @@ class Transformer:
         if check:
             require_finite(x, "the token embedding")
         ropes = self._angles.of_all(batch)
+        seen = by_layer(batch, kv.geometry)
         for block in self.blocks:
-            x = block(x, batch, ropes[block.layer.rope], *kv.layer(block.layer.index))
+            x = block(x, seen[block.layer.index], ropes[block.layer.rope], *kv.layer(block.layer.index))
             if check:
                 require_finite(x, f"layer {block.layer.index}")
         if batch.logit_rows.numel() != x.shape[0]:

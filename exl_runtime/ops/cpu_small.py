@@ -1,6 +1,7 @@
 """The small operations on the native CPU kernels: what `ops.table` hands out as backend "cpu".
 
-The contracts stand at the reference implementations (`ops.norm`, `ops.activation`, `ops.rope`, `ops.kv_append`).
+The contracts stand at the reference implementations (`ops.norm`, `ops.activation`, `ops.moe`, `ops.rope`,
+`ops.kv_append`).
 """
 
 from torch import Tensor
@@ -22,6 +23,12 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation not in ACTIVATIONS:
         raise UnsupportedModel(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     return _ops.gated(gate, up, activation)
+
+
+def route(logits: Tensor, experts_per_token: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """See `ops.moe.route`. Shares are computed in double."""
+    weights, experts = _ops.route(logits.float().contiguous(), experts_per_token, normalize)
+    return weights, experts.long()
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,9 @@
-"""A whole pass of a model as one native call (ext/cpu/step.h). Knows matrices and operators, not specs or batches."""
+"""A whole pass of a model as one native call (ext/cpu/step.h). Knows matrices and operators, not specs or batches.
+
+While Python delivers the tokens of a pass, the one behind it may be under way already (ext/cpu/ahead.h): `Program.draw`
+is told how that one is drawn, and takes its tokens when it is asked for the same pass. `Program.halt` before anything
+else reads or writes the pages.
+"""
 
 import weakref
 from collections.abc import Sequence
@@ -37,14 +42,52 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One layer. matrices: query, key, value, out, gate, up, down. norms: input, pre_mlp, post_attention, post_mlp,
-    query, key, float32; None where the model has none. rope: which of the angles of a pass are this layer's."""
+    """One layer.
+
+    matrices   query, key, value, out, gate, up, down; of a mixture of experts query, key, value, out, router, then
+               gate, up, down of every expert
+    norms      input, pre_mlp, post_attention, post_mlp, query, key, float32; None where the model has none
+    rope       which of the angles of a pass are this layer's
+    visits     experts for a token, 0: no mixture; normalize: see `ops.moe.route`
+    """
 
     matrices: tuple[Matrix, ...]
     norms: tuple[Tensor | None, ...]
     activation: str
     window: int | None
     rope: int
+    visits: int = 0
+    normalize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """What an adapter adds to one matrix: ((x @ down^T) * (weight * scale)) @ up^T. See ext/cpu/step_lora.h.
+
+    place     7 * layer + number of the matrix in `Layer.matrices`, of attention or an MLP; 7 * layers: the head
+    down, up  (rank, in_features), (out_features, rank), any float dtype
+    """
+
+    place: int
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Onward:
+    """What is known of the pass behind a pass of one token of every sequence: one more of each, as soon as it is drawn.
+
+    draws, banned  as of `Program.draw`, for that pass
+    ends           tokens behind which there is no such pass
+    """
+
+    draws: Sequence[float]
+    banned: Sequence[int]
+    ends: Sequence[int]
+
+
+NO_MORE = Onward((), (), ())
 
 
 class Program:
@@ -100,22 +143,27 @@ class Program:
                 layer.activation,
                 layer.window or 0,
                 layer.rope,
+                layer.visits,
+                layer.normalize,
             )
         self.layers = len(layers)
-        self._run, self._draw = ops.step_run, ops.step_draw
+        self._run, self._draw, self._halt = ops.step_run, ops.step_draw, ops.step_halt
+        self._ahead = False  # perhaps something is under way
         self._bound: tuple[object, ...] = (None, None, None)
         self._pages: Tensor | None = None
 
-    def bind(self, keys: Tensor, values: Tensor, angles: Sequence[Tensor]) -> None:
-        """What the next passes read and write; costs nothing while these are the same objects.
+    def bind(self, keys: Tensor, values: Tensor, angles: Sequence[Tensor]) -> bool:
+        """What the next passes read and write; costs nothing while these are the same objects: True.
 
         keys, values  the pages of all layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
         angles        cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
         """
         was = self._bound
-        if keys is not was[0] or values is not was[1] or angles is not was[2]:
-            native.ops().step_bind(self._number, keys, values, list(angles))
-            self._bound = (keys, values, angles)
+        if keys is was[0] and values is was[1] and angles is was[2]:
+            return True
+        native.ops().step_bind(self._number, keys, values, list(angles))
+        self._bound = (keys, values, angles)
+        return False
 
     def run(self, plan: Sequence[int], pages: Tensor, first: int, last: int) -> tuple[Tensor, bool]:
         """Layers [first, last) of a pass, from layer 0 on; the last one ends in logits.
@@ -127,21 +175,62 @@ class Program:
         """
         return self._run(self._number, plan, pages, first, last)  # type: ignore[no-any-return]
 
-    def draw(self, plan: Sequence[int], pages: Tensor, draws: Sequence[float], banned: Sequence[int]) -> list[int]:
+    def draw(
+        self,
+        plan: Sequence[int],
+        pages: Tensor,
+        draws: Sequence[float],
+        banned: Sequence[int],
+        onward: Onward = NO_MORE,
+    ) -> list[int]:
         """A whole pass, and a token behind each of its L rows of logits, as `ops.sample` draws it.
 
         plan, pages  see `run`; `pages` is passed on while it is the same object as in the call before
         draws        temperature (0: the best token), min_p and u of every row
         banned       for every row how many ids are not allowed, then these, ascending
+        onward       what may be begun behind it, in pages that `pages` holds already; at most one pass is in vain
         A token is -1 where the logits are no distribution; all are if any logit is not finite.
         """
         if pages is not self._pages:
             native.ops().step_pages(self._number, pages)
             self._pages = pages
-        return self._draw(self._number, plan, draws, banned)  # type: ignore[no-any-return]
+        self._ahead = onward is not NO_MORE
+        return self._draw(  # type: ignore[no-any-return]
+            self._number, plan, draws, banned, onward.draws, onward.banned, onward.ends
+        )
+
+    def halt(self) -> None:
+        """Nothing is under way any more; what was is forgotten."""
+        if self._ahead:
+            self._ahead = False
+            self._halt(self._number)
+
+    @property
+    def ahead(self) -> tuple[int, int]:
+        """How many passes were begun ahead and asked for afterwards, and how many were halted."""
+        taken, halted = native.ops().step_counts(self._number)
+        return taken, halted
+
+    def adapter(self, changes: Sequence[AdapterChange], owner: object) -> int:
+        """A number for `share`, of an adapter that adds `changes`; forgotten with `owner`. Shapes are checked."""
+        ops = native.ops()
+        number: int = ops.step_adapter(
+            self._number,
+            [change.place for change in changes],
+            [change.down for change in changes],
+            [change.up for change in changes],
+            [change.scale for change in changes],
+        )
+        weakref.finalize(owner, ops.step_drop, self._number, number).atexit = False
+        return number
+
+    def share(self, adapters: Sequence[int], weights: Sequence[float]) -> None:
+        """The next pass, and no other, has these adapters, added in this order; weights: (adapters, sequences)."""
+        native.ops().step_share(self._number, adapters, weights)
 
     def times(self, timed: bool = True) -> dict[str, float]:
-        """Seconds spent in each phase since the last call of this; from now on passes are timed, or not."""
+        """Seconds spent in each phase since the last call of this, by passes that were asked for; from now on passes
+        are timed, or not."""
         seconds, names = native.ops().step_times(self._number, timed)
         return dict(zip(names.split(), seconds.tolist(), strict=True))
 

@@ -16,6 +16,7 @@ class OpSet:
 
     rms_norm(x, weight, eps, weight_offset)             `ops.norm`
     gated(gate, up, activation)                         `ops.activation`
+    route(logits, experts_per_token, normalize)         `ops.moe`
     rope(q, k, cos, sin)                                `ops.rope`; may write in place, use what it returns
     append_kv(k, v, k_pages, v_pages, slots)            `ops.kv_append`
     paged_attention(q, k_pages, v_pages, q_starts, kv_lengths, pages, scale, window, softcap)   `ops.attention.base`
@@ -24,6 +25,7 @@ class OpSet:
     backend: str
     rms_norm: Callable[[Tensor, Tensor, float, float], Tensor]
     gated: Callable[[Tensor, Tensor, str], Tensor]
+    route: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     append_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: PagedAttention
@@ -33,6 +35,7 @@ def _reference() -> OpSet:
     from .activation import gated
     from .attention.reference import paged_attention
     from .kv_append import append_kv
+    from .moe import route
     from .norm import rms_norm
     from .rope import rope
 
@@ -40,6 +43,7 @@ def _reference() -> OpSet:
         backend="reference",
         rms_norm=rms_norm,
         gated=gated,
+        route=route,
         rope=rope,
         append_kv=append_kv,
         paged_attention=paged_attention,
@@ -55,6 +59,7 @@ def _cpu() -> OpSet:
         backend="cpu",
         rms_norm=cpu_small.rms_norm,
         gated=cpu_small.gated,
+        route=cpu_small.route,
         rope=cpu_small.rope,
         append_kv=cpu_small.append_kv,
         paged_attention=paged_attention,
@@ -65,11 +70,13 @@ def _cuda() -> OpSet:
     from . import cuda_small
     from .attention.cuda import paged_attention
     from .kv_cuda import append_kv, rope
+    from .moe import route
 
     return OpSet(
         backend="cuda",
         rms_norm=cuda_small.rms_norm,
         gated=cuda_small.gated,
+        route=route,
         rope=rope,
         append_kv=append_kv,
         paged_attention=paged_attention,

@@ -1,37 +1,71 @@
 """Opens the draft model: a smaller one, or the same with fewer bits, that knows the same tokens."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import Self
 
+from ..cache.geometry import CacheGeometry
 from ..cache.storage import KVStorage
-from ..cache.types import FP16, FP32
+from ..cache.types import FP16, FP32, CacheType
 from ..checkpoint.packed import NOT_KEPT, PackedCache
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
 from ..config.resolve import resolve
+from ..config.spec import ModelSpec
 from ..errors import UsageError
 from ..model.loader import load_transformer
-from ..model.placement import geometry_of
+from ..model.placement import geometry_beside, geometry_of, plan
+from ..model.summary import stored_weights
 from ..model.transformer import Transformer
 from ..tokenizer.same import first_difference
 from ..tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class DraftNeeds:
+    """What the draft model in `folder` takes of a device, from headers alone."""
+
+    folder: Path
+    spec: ModelSpec
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Raises ConfigError, UnsupportedModel or CheckpointError as loading would."""
+        files = load_config(folder)
+        spec = resolve(files.config, files.generation)
+        with Checkpoint.open(folder) as checkpoint:
+            return cls(folder, spec, stored_weights(checkpoint, spec).nbytes)
+
+    def total_bytes(self, context: int, device: torch.device) -> int:
+        """Weights, a cache for one context, and what it computes with."""
+        return plan(self.spec, context=context, weight_bytes=self.weight_bytes, cache=_cache_on(device)).total_bytes
+
+    def page_bytes(self, device: torch.device) -> int:
+        """Of one page of keys and values of all layers."""
+        return geometry_of(self.spec, _cache_on(device)).bytes_per_page
+
+
+def _cache_on(device: torch.device) -> CacheType:
+    return FP32 if device.type == "cpu" else FP16
 
 
 def open_draft(
     folder: Path,
     *,
     tokenizer: Tokenizer,
-    pages: int,
+    beside: KVStorage,
     device: torch.device,
     backend: str,
     dtype: torch.dtype | None,
     packed: PackedCache | None = None,
     progress: Callable[[int, int], None],
 ) -> tuple[Transformer, KVStorage]:
-    """The model in `folder` and `pages` pages for it. Raises UsageError when it has other tokens, and what loading
-    raises."""
+    """The model in `folder` and as many pages for it as there are `beside` it. Raises UsageError when it has other
+    tokens, and what loading raises."""
     files = load_config(folder)
     spec = resolve(files.config, files.generation)
     require_same_tokens(tokenizer, Tokenizer.open(folder), folder)
@@ -48,8 +82,15 @@ def open_draft(
             progress=progress,
         )
         kept.keep()
-    cache = FP32 if device.type == "cpu" else FP16
-    return model, KVStorage(geometry_of(spec, cache), pages, device)
+    geometry = draft_geometry(folder, beside.geometry, device)
+    assert geometry is not None, "pages that the draft model cannot share"
+    return model, KVStorage(geometry, beside.counts, device)
+
+
+def draft_geometry(folder: Path, geometry: CacheGeometry, device: torch.device) -> CacheGeometry | None:
+    """The shape of the draft model's keys and values; None where it cannot share pages of that `geometry`."""
+    files = load_config(folder)
+    return geometry_beside(geometry, resolve(files.config, files.generation), _cache_on(device))
 
 
 def require_same_tokens(tokenizer: Tokenizer, other: Tokenizer, folder: Path) -> None:

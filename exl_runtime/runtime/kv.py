@@ -42,7 +42,7 @@ class KVKeeper:
             geometry = generator.kv.geometry
             count = len(held.tokens)
             parts = pieces(generator.kv, held, self._identity(generator))
-            yield HeldKV(count, snapshot_bytes(geometry, count) if count else 0, parts)
+            yield HeldKV(count, snapshot_bytes(geometry, count, held.gone) if count else 0, parts)
 
     def open(self, generator: Generator, path: Path) -> int:
         """Serve prompts from the snapshot in `path`; the tokens it holds. Raises StorageError: it does not fit."""

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ..cache.storage import KVStorage
 from ..cache.tiers import check_host_cache, host_limit
-from ..checkpoint.packed import NOT_KEPT
+from ..checkpoint.packed import NOT_KEPT, PackedCache
 from ..checkpoint.reader import Checkpoint
 from ..config.read import load_config
 from ..config.resolve import resolve
@@ -22,6 +24,7 @@ from ..model.placement import (
     auto_context,
     cache_pages,
     geometry_of,
+    require_room,
     resolve_cache,
     resolve_device,
     resolve_dtype,
@@ -34,7 +37,7 @@ from ..ops.attention.choose import describe, refusal
 from ..tokenizer.files import read_text
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
-from .draft import open_draft
+from .draft import DraftNeeds, draft_geometry, open_draft
 from .info import RuntimeInfo
 from .packed import packed_cache as open_packed_cache
 from .runtime import Runtime
@@ -147,9 +150,22 @@ def load(
             attention=attention,
         )
 
+    def drafting(
+        beside: KVStorage | SplitCache, device: torch.device, backend: str, packed: PackedCache | None = None
+    ) -> tuple[Transformer, KVStorage]:
+        assert draft_folder is not None
+        return open_draft(
+            draft_folder,
+            tokenizer=tokenizer,
+            beside=beside,
+            device=device,
+            backend=backend,
+            dtype=resolve_dtype(dtype),
+            packed=packed,
+            progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
+        )
+
     if gpu_split is not None:
-        if draft_folder is not None:
-            raise UsageError("a draft model and gpu_split do not go together yet", hint="leave one of them out")
         with Checkpoint.open(folder) as checkpoint:
             spread = open_spread(
                 checkpoint,
@@ -160,15 +176,20 @@ def load(
                 context=wanted,
                 dtype=resolve_dtype(dtype),
                 hurry=accuracy == "fast",
+                draft=None if draft_folder is None else DraftNeeds.of(draft_folder),
                 report=report,
             )
             stored = stored_weights(checkpoint, spec)
         info = opened(spread.model, spread.kv, context=spread.context, device=spread.devices)
         parts = {"model": spread.model, "kv": spread.kv, "tokenizer": tokenizer, "template": chat_template}
+        if spread.beside is not None:
+            parts["draft"] = drafting(spread.kv, spread.beside.device, spread.beside.backend)
         beside = host_limit(host_cache, spread.kv.device)
         return Runtime(**parts, info=info, speculate=speculate, step_tokens=step_tokens, host_cache=beside)
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
+        stored = stored_weights(checkpoint, spec)
+        require_room(spec, context=wanted, weight_bytes=stored.nbytes, cache=kv_type, device=where)
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
         transformer = load_transformer(
             checkpoint,
@@ -182,9 +203,11 @@ def load(
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
         packed.keep()
-        stored = stored_weights(checkpoint, spec)
     length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
-    kv = KVStorage(geometry_of(spec, kv_type), cache_pages(spec, length, cache=kv_type, device=where), where)
+    geometry = geometry_of(spec, kv_type, length)
+    if draft_folder is not None and draft_geometry(draft_folder, geometry, where) is None:
+        geometry = geometry_of(spec, kv_type)  # what one of the models still sees has to stay for both
+    kv = KVStorage(geometry, cache_pages(geometry, length, device=where), where)
     if kernels == "cuda":
         pages = kv.layer(0)[0]
         for line in attention_lines(spec, pages, where):
@@ -192,25 +215,13 @@ def load(
         if (why := refusal(spec.head_dim, pages)) is not None:
             log.warning("attention runs in plain torch, which is slow: %s", why)
     info = opened(transformer, kv, context=length, device=str(where), attention=attention_of(kernels, spec, kv))
-    drafting = None
-    if draft_folder is not None:
-        drafting = open_draft(
-            draft_folder,
-            tokenizer=tokenizer,
-            pages=kv.pages,
-            device=where,
-            backend=kernels,
-            dtype=resolve_dtype(dtype),
-            packed=kept,
-            progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
-        )
     return Runtime(
         model=transformer,
         kv=kv,
         tokenizer=tokenizer,
         template=chat_template,
         info=info,
-        draft=drafting,
+        draft=None if draft_folder is None else drafting(kv, where, kernels, kept),
         speculate=speculate,
         step_tokens=step_tokens,
         host_cache=host_limit(host_cache, where),

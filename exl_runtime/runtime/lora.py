@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import AdapterError, UsageError
-from ..model.lora import Adapter, Mix, load_adapter, mix_of
+from ..errors import UsageError
+from ..model.adapter_loading import load_adapter
+from ..model.lora import Adapter, Mix, mix_of
+from ..model.split_model import SplitTransformer
 from ..model.transformer import Transformer
 
 Given: TypeAlias = "Mapping[str, float] | Sequence[str] | str | None"
@@ -42,8 +44,7 @@ class Loras:
         name = name or folder.resolve().name
         if name in self._loaded:
             raise UsageError(f"there is an adapter {name!r} already", hint="unload it first, or give another name")
-        if not isinstance(self._model, Transformer):
-            raise AdapterError("adapters and gpu_split do not go together yet", hint="open the model on one device")
+        assert isinstance(self._model, Transformer | SplitTransformer)
         self._loaded[name] = folder, load_adapter(folder, self._model)
         return name
 

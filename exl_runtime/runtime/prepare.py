@@ -1,12 +1,15 @@
 """From what a caller hands in (text, token ids, messages) to the token ids of one prompt. Knows no model."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from ..cache.window import prompt_limit, turns_to_drop
 from ..errors import PromptTooLong, TemplateError, UsageError
+from ..generation.request import Left
+from ..tokenizer.past import NOTHING, past_of
 from ..tokenizer.template import ChatTemplate
 from ..tokenizer.tokenizer import Tokenizer
 
@@ -25,12 +28,14 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """The ids of a prompt, and how many of the oldest turns did not fit. `head`: first tokens, before any turn."""
+    """The ids of a prompt, and how many of the oldest turns did not fit. `head`: first tokens, before any turn; `left`:
+    what to know of the turns that are not in it."""
 
     ids: tuple[int, ...]
     head: int = 0
     dropped_turns: int = 0
     dropped_tokens: int = 0
+    left: Left | None = None
 
 
 def is_batch(prompt: Any) -> bool:
@@ -41,19 +46,32 @@ def is_batch(prompt: Any) -> bool:
 
 
 class Preparer:
-    """Renders and encodes for one model; every error names what is wrong with the prompt."""
+    """Renders and encodes for one model; every error names what is wrong with the prompt.
 
-    def __init__(self, *, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int, context: int) -> None:
+    `knows(past)`: whether something is known of conversations that lost exactly those turns
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        context: int,
+        knows: Callable[[bytes], bool] = lambda past: False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.vocab_size = vocab_size
         self.context = context
+        self._knows = knows
 
-    def prepare(self, prompt: Prompt, *, max_tokens: int | None, overflow: str) -> Prepared:
+    def prepare(self, prompt: Prompt, *, max_tokens: int | None, overflow: str, past: bytes = NOTHING) -> Prepared:
         """Token ids of `prompt`. Text gets the BOS token when the model wants one, rendered messages never a second.
 
         With overflow "drop", whole turns leave a conversation that is too long, oldest first; the system message and
-        the last user turn stay. Other overflow policies act on tokens and are the generator's business.
+        the last user turn stay. Other overflow policies act on tokens and are the generator's business. `past`: of
+        turns that had left before, and are not in `prompt` any more.
         """
         if isinstance(prompt, str):
             return self._checked(self.tokenizer.encode(prompt, add_bos=None))
@@ -62,9 +80,9 @@ class Preparer:
         if len(prompt) and isinstance(prompt[0], Mapping):
             messages = check_messages(prompt)
             if overflow == "drop":
-                return self._fitting(messages, max_tokens)
+                return self._fitting(messages, max_tokens, past)
             prepared = self._checked(self.render(messages).ids)
-            return replace(prepared, head=self._head(messages, prepared.ids)) if overflow == "window" else prepared
+            return replace(prepared, head=self.head(messages, prepared.ids)) if overflow == "window" else prepared
         return self._checked(prompt)
 
     def render(
@@ -104,17 +122,26 @@ class Preparer:
             raise UsageError(f"{token!r:.60} is not a token id of this model (0 to {self.vocab_size - 1})")
         return number
 
-    def _head(self, messages: list[dict[str, Any]], ids: tuple[int, ...]) -> int:
-        """Tokens before the first turn: what a conversation that begins like this and says something else shares."""
+    def head(
+        self,
+        messages: Sequence[Message],
+        ids: Sequence[int],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Tokens before the first turn: what a conversation that begins like this and says something else shares.
+        0: it begins with a turn, and no tools stand before it."""
         starts = turn_starts(messages)
-        if not starts or not starts[0]:
+        if not starts or not (starts[0] or tools):
             return 0
-        other = self.render([*messages[: starts[0]], {"role": "user", "content": "?"}]).ids
+        start = [*messages[: starts[0]], {"role": "user", "content": "?"}]
+        other = self.render(start, tools=tools, extra=extra).ids
         return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
 
-    def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None) -> Prepared:
+    def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None, past: bytes) -> Prepared:
         starts = turn_starts(messages)
-        head = messages[: starts[0]] if starts else messages
+        head, last = messages[: starts[0]] if starts else messages, max(0, len(starts) - 1)
         rendered: dict[int, tuple[int, ...]] = {}
 
         def without(turns: int) -> tuple[int, ...]:
@@ -124,15 +151,30 @@ class Preparer:
             return rendered[turns]
 
         limit = prompt_limit(self.context, max_tokens)
-        dropped = turns_to_drop(lambda turns: len(without(turns)), max(0, len(starts) - 1), limit=limit)
+        if len(without(0)) <= limit:
+            ids = self._checked(without(0)).ids
+            return Prepared(ids=ids, left=Left(past=past) if past else None)
+        pasts = [past]
+        for first, following in pairwise(starts):
+            pasts.append(past_of(messages[first:following], pasts[-1]))
+        # A client that sends everything again shall lose the turns it has lost, and no further one each time.
+        known = [turns for turns in range(1, last + 1) if self._knows(pasts[turns])]
+        before = known[-1] if known else 0
+        dropped = next((turns for turns in known if len(without(turns)) <= limit), None)
+        whole: tuple[int, ...] = ()
         if dropped is None:
-            raise PromptTooLong(
-                f"the last message alone is {len(without(max(0, len(starts) - 1)))} tokens; of the {self.context} "
-                f"the context holds, {limit} are for the prompt",
-                hint="shorten it, or open the model with a larger --context",
-            )
+            more = turns_to_drop(lambda turns: len(without(before + turns)), last - before, limit=limit)
+            if more is None:
+                raise PromptTooLong(
+                    f"the last message alone is {len(without(last))} tokens; of the {self.context} "
+                    f"the context holds, {limit} are for the prompt",
+                    hint="shorten it, or open the model with a larger --context",
+                )
+            dropped, whole = before + more, self._checked(without(before)).ids
         ids = self._checked(without(dropped)).ids
-        return Prepared(ids=ids, dropped_turns=dropped, dropped_tokens=len(without(0)) - len(ids))
+        left = Left(past=pasts[dropped], whole=whole, before=pasts[before] if whole else NOTHING)
+        tokens = len(without(0)) - len(ids)
+        return Prepared(ids=ids, dropped_turns=dropped, dropped_tokens=tokens, left=left)
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -78,7 +78,11 @@ class Runtime:
         self._loras = Loras(model)
         self._kv = KVKeeper(Path(info.path), f"{info.backend} {getattr(model, 'dtype', '')} {info.accuracy}")
         self._preparer = Preparer(
-            tokenizer=tokenizer, template=template, vocab_size=model.spec.vocab_size, context=info.context
+            tokenizer=tokenizer,
+            template=template,
+            vocab_size=model.spec.vocab_size,
+            context=info.context,
+            knows=lambda past: self._engine().knows_past(past),
         )
         self._ids = itertools.count(1)
         self._seconds = [0.0, 0.0]  # spent on prompts and on replies by finished requests
@@ -112,7 +116,8 @@ class Runtime:
                     the i-th as if asked for alone with seed + i
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
         banned_strings, prefix, heal, stop_ids, stop_loop, processors (functions of ids and logits), prompt_logprobs,
-        negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`).
+        negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`),
+        priority (higher goes first), keep and left (for token ids; what they say of messages is found out).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """
@@ -257,6 +262,17 @@ class Runtime:
         """
         return self._preparer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra)
 
+    def head(
+        self,
+        messages: Sequence[Message],
+        ids: Sequence[int],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> int:
+        """How many of these tokens of a rendered conversation stand before its first turn: the `keep` of a window."""
+        return self._preparer.head(messages, ids, tools=tools, extra=extra)
+
     # --- the rest ---------------------------------------------------------------------------------------------
 
     @property
@@ -328,7 +344,10 @@ class Runtime:
         params = sampling if sampling is not None else SamplingParams()
         if logprobs and isinstance(params, SamplingParams):
             params = replace(params, logprobs=logprobs)
-        prepared = self._preparer.prepare(prompt, max_tokens=max_tokens, overflow=overflow)
+        fields = self._steered(steer)
+        keep, left = fields.pop("keep", 0), fields.pop("left", None)
+        past = b"" if left is None else left.past
+        prepared = self._preparer.prepare(prompt, max_tokens=max_tokens, overflow=overflow, past=past)
         return Request(
             id=f"request-{next(self._ids)}",
             prompt=prepared.ids,
@@ -337,10 +356,11 @@ class Runtime:
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             deadline=deadline,
             overflow=overflow,
-            keep=max(SINKS, prepared.head),
+            keep=max(SINKS, prepared.head, keep),
+            left=prepared.left or left,
             dropped_turns=prepared.dropped_turns,
             dropped_tokens=prepared.dropped_tokens,
-            **{"speculate": self._speculate, **self._steered(steer)},
+            **{"speculate": self._speculate, **fields},
         )
 
     def _steered(self, steer: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 
 from ..errors import UsageError
 from ..generation.grammar import Grammar
-from ..generation.request import Processor, Speculate
+from ..generation.request import Left, Processor, Speculate
 from .lora import Given
 from .prepare import Prompt
 
@@ -25,6 +25,9 @@ class Steer(TypedDict, total=False):
     negative_prompt: "Prompt"
     guidance: float
     lora: "Given"
+    priority: int
+    keep: int
+    left: Left | None
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

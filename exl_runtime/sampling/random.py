@@ -6,6 +6,8 @@ cancelled requests, or on how often a token was redone.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
+from functools import lru_cache
+
 DRAW = 0
 """Stream of the number that picks the token."""
 COIN = 1
@@ -27,6 +29,7 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
+@lru_cache(maxsize=1024)  # who draws ahead of being asked wants each number twice
 def uniform(seed: int, index: int, stream: int = DRAW) -> float:
     """A float64 in [0, 1), a multiple of 2^-53, for the `index`-th generated token of a request with this seed.
 

@@ -1,10 +1,9 @@
 """From the body of a request to what is asked. Checks everything that needs no model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import UsageError
 from ..generation.grammar import Grammar
 from ..sampling.params import SamplingParams
 from .constraints import forced_call, read_format, read_guide
@@ -12,10 +11,8 @@ from .fields import Fields
 from .messages import Tool, read_messages, read_tools
 from .problems import ApiError
 from .settings import Settings
+from .steering import Leading, read_leading, read_sampling, read_steering
 
-MOST_STOPS = 16
-MOST_BANNED = 256
-MOST_STOP_IDS = 1024
 MOST_CHOICES = 64
 MOST_PROMPTS = 256
 MOST_LOGPROBS = 100
@@ -23,32 +20,29 @@ MOST_TOKENS = 2**31
 COMPLETION_TOKENS = 16  # the default of the protocol for plain completions
 OVERFLOWS = ("error", "drop", "window")
 NOTED = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-SAMPLING = tuple(entry.name for entry in fields(SamplingParams) if entry.name != "logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """What both kinds of completion can ask for.
 
-    logprobs   None: none; else how many of the best tokens beside the drawn one
-    deadline   seconds, queueing included
-    grammar    what the reply has to match; `banned_strings`: what it must not contain; `stop_ids`: what ends it
-    stop_loop  (longest, times): it ends when up to `longest` tokens came so often in a row
+    logprobs   None: none; else how many of the best tokens beside the drawn one; `prompt_logprobs`: of the prompt
+    grammar    what the reply has to match
+    steering   further arguments of `Runtime.stream`
+    leading    what the reply is led away from
     """
 
     n: int
     max_tokens: int | None
     sampling: SamplingParams
-    stop: tuple[str, ...]
     stream: bool
     include_usage: bool
     logprobs: int | None
+    prompt_logprobs: int | None
     overflow: str
-    deadline: float | None
     grammar: Grammar | None
-    banned_strings: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    stop_loop: tuple[int, int] | None
+    steering: Mapping[str, Any]
+    leading: Leading | None
 
     def order(self, prompt: Any, sample: int) -> dict[str, Any]:
         """The arguments of `Runtime.stream` for one sequence. With a seed, every sample has its own, the same each
@@ -60,23 +54,22 @@ class Ask:
             "prompt": prompt,
             "max_tokens": self.max_tokens,
             "sampling": sampling,
-            "stop": self.stop,
             "overflow": self.overflow,
-            "deadline": self.deadline,
             "logprobs": 0 if self.logprobs is None else max(1, self.logprobs),
+            "prompt_logprobs": 0 if self.prompt_logprobs is None else max(1, self.prompt_logprobs),
             "grammar": self.grammar,
-            "banned_strings": self.banned_strings,
-            "stop_ids": self.stop_ids,
-            "stop_loop": self.stop_loop,
+            **self.steering,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionAsk(Ask):
-    """Raw texts or token ids to go on with."""
+    """Raw texts or token ids to go on with. `best_of`: replies that are made, of which the `n` likeliest are given."""
 
     prompts: tuple[Any, ...]
     echo: bool
+    best_of: int
+    skip_special: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +79,8 @@ class ChatAsk(Ask):
     tools              what the model may call; `forced`: the reply has to be a call
     template_values    further variables of the chat template
     split_reasoning    thoughts go into reasoning_content
+    continues          the last message is the beginning of the reply
+    generates          the prompt ends where a reply begins
     """
 
     messages: list[dict[str, Any]]
@@ -94,6 +89,8 @@ class ChatAsk(Ask):
     parallel_calls: bool
     template_values: Mapping[str, Any]
     split_reasoning: bool
+    continues: bool
+    generates: bool
 
 
 def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
@@ -114,6 +111,11 @@ def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
     split = given.flag("separate_reasoning", True)
     parallel_calls = given.flag("parallel_tool_calls", True)
     shape = read_format(given)
+    continues = given.flag("continue_final_message", False)
+    generates = given.flag("add_generation_prompt", True)
+    if continues and messages[-1]["role"] != "assistant":
+        raise ApiError(400, "continue_final_message needs a last message by the assistant", param="messages")
+    given.refuse("skip_special_tokens", "special tokens are never shown in a chat", True)
     given.ignore("verbosity")
     given.refuse("functions", "use tools")
     given.refuse("function_call", "use tool_choice")
@@ -121,9 +123,13 @@ def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
     given.refuse("audio", "this server writes text only")
     given.refuse("prediction", "predicted outputs are not supported")
     given.refuse("web_search_options", "this server has no access to the web")
-    common = _common(given, settings, settings.max_tokens)
+    whole = not (tools or template_values or continues or not generates)
+    common = _common(given, settings, settings.max_tokens, turns=whole)
     if longer is not None:
         common["max_tokens"] = longer
+    leading = common["leading"]
+    if leading is not None and not isinstance(leading.negative, str | None):
+        raise given.wrong("negative_prompt", "must be a text, in place of the system prompt", leading.negative)
     given.done()
     grammars = [g for g in (shape, common.pop("grammar"), forced_call(tools, choice) if forced else None) if g]
     if len(grammars) > 1:
@@ -140,6 +146,8 @@ def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
         parallel_calls=parallel_calls,
         template_values=template_values,
         split_reasoning=split,
+        continues=continues,
+        generates=generates,
     )
 
 
@@ -150,13 +158,31 @@ def read_completion(body: dict[str, Any], settings: Settings) -> CompletionAsk:
     prompts = _prompts(given.take("prompt"))
     echo = given.flag("echo", False)
     logprobs = given.whole("logprobs", 0, MOST_LOGPROBS)
-    common = _common(given, settings, COMPLETION_TOKENS)
+    common = _common(given, settings, COMPLETION_TOKENS, turns=False)
     if echo and logprobs is not None and common["stream"]:
         raise ApiError(400, "echo with logprobs scores the prompt, which cannot be streamed", param="echo")
     given.refuse("suffix", "this model writes at the end only", "")
-    given.refuse("best_of", "use n, and choose among the choices", 1, common["n"])
+    best_of = given.whole("best_of", common["n"], MOST_CHOICES) or common["n"]
+    if best_of > common["n"] and common["stream"]:
+        raise ApiError(400, "which replies are best is known at the end: best_of cannot be streamed", param="best_of")
+    heal = given.flag("token_healing", False)
+    common["steering"] = {**common["steering"], "heal": heal}
+    leading = common["leading"]
+    if leading is not None and not (_is_prompt(leading.negative) and leading.negative):
+        raise given.wrong("negative_prompt", "must be a text or token ids, not empty", leading.negative)
+    special = given.flag("skip_special_tokens", True)
     given.done()
-    return CompletionAsk(**common, logprobs=logprobs, prompts=prompts, echo=echo)
+    return CompletionAsk(**common, logprobs=logprobs, prompts=prompts, echo=echo, best_of=best_of, skip_special=special)
+
+
+def led_away(ask: Ask, negative: Any, length: int, context: int) -> dict[str, Any]:
+    """Arguments of `Runtime.stream`: away from what follows `negative`. A reply without a limit gets the one that the
+    longer of the two prompts leaves; `length`: tokens of the prompt itself."""
+    assert ask.leading is not None
+    options = {"negative_prompt": negative, "guidance": ask.leading.scale}
+    if ask.max_tokens is None:
+        options["max_tokens"] = max(1, context - max(len(negative), length))
+    return options
 
 
 def check_model(given: Fields, settings: Settings) -> None:
@@ -177,7 +203,8 @@ def require_model(name: str, settings: Settings) -> None:
         )
 
 
-def _common(given: Fields, settings: Settings, max_tokens: int | None) -> dict[str, Any]:
+def _common(given: Fields, settings: Settings, max_tokens: int | None, *, turns: bool) -> dict[str, Any]:
+    """Fields of an Ask. turns: of the prompt, whole turns can be left out."""
     stream = given.flag("stream", False)
     options = given.take("stream_options")
     if options is not None and not stream:
@@ -187,43 +214,22 @@ def _common(given: Fields, settings: Settings, max_tokens: int | None) -> dict[s
     inner.ignore("include_obfuscation")
     inner.done()
     given.ignore(*NOTED)
+    scored = given.whole("prompt_logprobs", 0, MOST_LOGPROBS)
+    if scored is not None and stream:
+        raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    usual = settings.overflow if turns or settings.overflow != "drop" else "window"
     return {
         "n": given.whole("n", 1, MOST_CHOICES) or 1,
         "max_tokens": given.whole("max_tokens", 1, MOST_TOKENS) or max_tokens,
-        "sampling": _sampling(given, settings.sampling),
-        "stop": given.strings("stop", MOST_STOPS),
+        "sampling": read_sampling(given, settings.sampling),
         "stream": stream,
         "include_usage": include_usage,
-        "overflow": given.choice("overflow", OVERFLOWS, "error"),
-        "deadline": given.seconds("deadline"),
+        "prompt_logprobs": scored,
+        "overflow": given.choice("overflow", OVERFLOWS, usual),
         "grammar": read_guide(given),
-        "banned_strings": given.strings("banned_strings", MOST_BANNED),
-        "stop_ids": given.wholes("stop_token_ids", MOST_STOP_IDS),
-        "stop_loop": _loop(given),
+        "steering": read_steering(given),
+        "leading": read_leading(given),
     }
-
-
-def _loop(given: Fields) -> tuple[int, int] | None:
-    pair = given.wholes("stop_loop", 2)
-    if pair and (len(pair) != 2 or pair[0] < 1 or pair[1] < 2):
-        raise given.wrong("stop_loop", "must be [longest, times], say [32, 4]", list(pair))
-    return (pair[0], pair[1]) if pair else None
-
-
-def _sampling(given: Fields, defaults: SamplingParams) -> SamplingParams:
-    values = {name: value for name in SAMPLING if (value := given.take(name)) is not None}
-    if isinstance(bias := values.get("logit_bias"), dict):
-        try:
-            values["logit_bias"] = {int(token): amount for token, amount in bias.items()}
-        except ValueError as err:
-            raise ApiError(400, "the keys of logit_bias must be token ids", param="logit_bias") from err
-    param = next(iter(values)) if len(values) == 1 else None
-    try:
-        return replace(defaults, **values)
-    except UsageError as err:
-        named = next((name for name in values if err.problem.startswith(name)), param)
-        message = err.problem if err.hint is None else f"{err.problem} ({err.hint})"
-        raise ApiError(400, message, param=named) from err
 
 
 def _prompts(value: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ from ..generation.request import Result, TokenLogprob
 from ..generation.stream import Finished, Text
 from ..tokenizer.tool_calls import ToolCall
 from . import shapes
-from .asks import ChatAsk, read_chat
+from .asks import ChatAsk, led_away, read_chat
 from .body import read_body
 from .choice import Choice, Delta, Form
 from .desk import Batch
-from .messages import plain_conversation
+from .messages import Tool, plain_conversation
 from .place import Place, noted
 from .problems import ApiError
 from .stream import PATIENCE, EventStream, watched
@@ -23,9 +23,11 @@ from .stream import PATIENCE, EventStream, watched
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A chat request, ready to run: the prompt (token ids, or the messages), and how to read the replies."""
+    """A chat request, ready to run: the prompt (token ids, or the messages), arguments of `Runtime.stream` beside those
+    of the request, and how to read the replies."""
 
     prompt: Any
+    options: Mapping[str, Any]
     form: Form
 
 
@@ -58,8 +60,7 @@ async def chat(request: Request) -> Any:
     ask = read_chat(await read_body(request, place.settings.max_body), place.settings)
     place.desk.admit(ask.n)
     plan = await asyncio.to_thread(make_plan, place.runtime, ask)
-    options = {} if plan.form.skip_special else {"skip_special": False}
-    batch = place.desk.start([ask.order(plan.prompt, sample) | options for sample in range(ask.n)])
+    batch = place.desk.start([ask.order(plan.prompt, sample) | plan.options for sample in range(ask.n)])
     replies = [Reply(plan.form) for _ in range(ask.n)]
     if ask.stream:
         await batch.begun(PATIENCE)
@@ -69,26 +70,56 @@ async def chat(request: Request) -> Any:
 
 def make_plan(runtime: Any, ask: ChatAsk) -> Plan:
     """Render the conversation. Raises TemplateError when the model has no chat template, or when it refuses."""
-    messages, tools = ask.messages, None
-    if runtime.template is not None and not runtime.template.supports_tools:
-        messages = plain_conversation(messages, ask.tools)
-    elif ask.tools:
-        tools = [tool.given for tool in ask.tools]
-    rendered = runtime.render(messages, tools=tools, extra=ask.template_values or None)
+    messages, tools = _for_template(runtime, ask.messages, ask.tools)
+    text, ids = _rendered(runtime, ask, messages, tools)
     form = Form.of(
         runtime,
-        rendered.text,
+        text,
         schemas={tool.name: tool.parameters for tool in ask.tools},
         split=ask.split_reasoning,
         one_call=ask.forced or not ask.parallel_calls,
-        constrained=ask.grammar is not None,
+        constrained=ask.grammar is not None or ask.continues,  # neither begins with thoughts
     )
+    options: dict[str, Any] = {} if form.skip_special else {"skip_special": False}
+    if ask.leading is not None:
+        other = [message for message in ask.messages if message["role"] != "system"]
+        if ask.leading.negative:
+            other.insert(0, {"role": "system", "content": ask.leading.negative})
+        negative = _rendered(runtime, ask, *_for_template(runtime, other, ask.tools))[1]
+        if negative != ids:
+            options |= led_away(ask, negative, len(ids), runtime.info.context)
+    if ask.overflow == "window":  # what stands before the first turn stays
+        options["keep"] = runtime.head(messages, ids, tools=tools, extra=ask.template_values or None)
     if ask.overflow != "drop":
-        return Plan(list(rendered.ids), form)
-    if tools or ask.template_values:
-        problem = 'overflow "drop" cannot be combined with tools or template variables; use "window"'
+        return Plan(ids, options, form)
+    if tools or ask.template_values or ask.continues or not ask.generates:
+        problem = 'overflow "drop" cannot be combined with tools, template variables or an open reply; use "window"'
         raise ApiError(400, problem, param="overflow")
-    return Plan(messages, form)
+    return Plan(messages, options, form)
+
+
+def _for_template(
+    runtime: Any, messages: list[dict[str, Any]], tools: Sequence[Tool]
+) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """Conversation and tools as the template takes them."""
+    if runtime.template is not None and not runtime.template.supports_tools:
+        return plain_conversation(messages, tools), None
+    return messages, [tool.given for tool in tools] or None
+
+
+def _rendered(
+    runtime: Any, ask: ChatAsk, messages: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[str, list[int]]:
+    """Text and tokens of the prompt. The beginning of a reply is text that no template has closed."""
+    begun = messages[-1]["content"] if ask.continues else ""
+    rendered = runtime.render(
+        messages[:-1] if ask.continues else messages,
+        ask.generates or ask.continues,
+        tools=tools,
+        extra=ask.template_values or None,
+    )
+    more = runtime.tokenizer.encode(begun, parse_special=False) if begun else []
+    return rendered.text + begun, [*rendered.ids, *more]
 
 
 async def _whole(place: Place, ask: ChatAsk, batch: Batch, replies: list[Reply], request: Request) -> dict[str, Any]:
@@ -109,7 +140,12 @@ async def _whole(place: Place, ask: ChatAsk, batch: Batch, replies: list[Reply],
     counts = shapes.usage(results, ask.n, sum(reply.thoughts for reply in replies))
     noted(request, counts)
     made = shapes.head("chat.completion", place.settings.name, "chatcmpl")
-    return {**made, "choices": choices, "usage": counts, **shapes.truncated(results)}
+    scored = {} if ask.prompt_logprobs is None else {"prompt_logprobs": _scored(place, ask, results)}
+    return {**made, "choices": choices, "usage": counts, **scored, **shapes.truncated(results)}
+
+
+def _scored(place: Place, ask: ChatAsk, results: list[Result]) -> Any:
+    return shapes.prompt_logprobs(place.runtime.tokenizer, results[0].prompt_logprobs, ask.prompt_logprobs or 0)
 
 
 async def _chunks(

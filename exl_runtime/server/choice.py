@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from ..tokenizer.reasoning import Marks, ReasoningSplitter, begins_inside, marks_of, partial_end
+from ..tokenizer.reasoning import Eraser, Marks, ReasoningSplitter, begins_inside, marks_of, others_of
 from ..tokenizer.tool_calls import Schemas, Syntax, ToolCall, ToolCallParser, syntaxes_of
 
 Delta: TypeAlias = "tuple[Literal['reasoning', 'content'], str] | ToolCall"
@@ -35,12 +35,10 @@ class Form:
         marks = marks_of(sources) if split and not constrained else None
         syntaxes = syntaxes_of(sources) if schemas else ()
         inside = marks is not None and begins_inside(prompt, marks)
-        special = {runtime.tokenizer.piece(token) for token in runtime.tokenizer.special_ids}
         wanted = {mark for syntax in syntaxes for mark in syntax.marks}
         wanted |= {marks.opening, marks.closing} if marks is not None else set()
         # Marks that are special tokens only show if all special tokens do; the others are then removed here.
-        hidden = frozenset(special - wanted) if special & wanted else frozenset()
-        return cls(marks, inside, syntaxes, schemas, one_call, hidden)
+        return cls(marks, inside, syntaxes, schemas, one_call, others_of(runtime.tokenizer, wanted))
 
     @property
     def skip_special(self) -> bool:
@@ -101,25 +99,3 @@ class Choice:
                 self.calls += 1
                 found.append(piece)
         return found
-
-
-class Eraser:
-    """Text in, text out without certain words, whatever the pieces it comes in."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        self._words = tuple(word for word in words if word)
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """The text that is certain now."""
-        text = self._held + text
-        for word in self._words:
-            text = text.replace(word, "")
-        keep = max((partial_end(text, word) for word in self._words), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """What was still held back."""
-        rest, self._held = self._held, ""
-        return rest

@@ -9,16 +9,22 @@ from .messages import Tool
 from .problems import ApiError
 
 GUIDES = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+MAKERS = (Grammar.json_schema, Grammar.regex, Grammar.choice, Grammar.lark)
 
 
 def read_guide(given: Fields) -> Grammar | None:
-    """guided_json | guided_regex | guided_choice | guided_grammar (Lark): at most one. Raises UsageError, ApiError."""
+    """guided_json | guided_regex | guided_choice | guided_grammar (Lark), or json, regex, choice, grammar inside of
+    structured_outputs: at most one. Raises UsageError, ApiError."""
     values = {name: value for name in GUIDES if (value := given.take(name)) is not None}
+    inner = Fields(given.mapping("structured_outputs"), "structured_outputs.")
+    values |= {name: value for name in GUIDES if (value := inner.take(name.removeprefix("guided_"))) is not None}
+    if inner.flag("json_object", False):
+        values["guided_json"] = {"type": "object"}
+    inner.done()
     if len(values) > 1:
         raise ApiError(400, f"only one of {', '.join(values)} can be used at a time", param=next(iter(values)))
     for name, value in values.items():
-        makers = (Grammar.json_schema, Grammar.regex, Grammar.choice, Grammar.lark)
-        return makers[GUIDES.index(name)](value)
+        return MAKERS[GUIDES.index(name)](value)
     return None
 
 

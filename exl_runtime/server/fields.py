@@ -50,6 +50,24 @@ class Fields:
             raise self.wrong(name, "must be a number of seconds above 0", value)
         return float(value)
 
+    def integer(self, name: str, default: int) -> int:
+        """A whole number of any sign and a sane size."""
+        value = self.take(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not abs(value) < 2**31:
+            raise self.wrong(name, "must be a whole number", value)
+        return value
+
+    def number(self, name: str, low: float, high: float) -> float | None:
+        """A number from `low` to `high`."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self.wrong(name, f"must be a number from {low:g} to {high:g}", value)
+        return float(value)
+
     def choice(self, name: str, allowed: Sequence[str], default: str) -> str:
         """One of a few words."""
         value = self.take(name)

@@ -14,6 +14,7 @@ class Settings:
     name      what the model is called; `aliases`: other names that mean it, "*" is any name
     sampling  what a request leaves out
     max_tokens  of chat replies that name no limit; None: until the context is full
+    overflow  what a full context does unless the request says: "error", "drop" or "window"
     api_key   what clients have to know; None: nothing
     origins   web pages that may use the server ("*": all); without, no page may
     hosts     names by which clients may address the server; None: any
@@ -24,6 +25,7 @@ class Settings:
     aliases: frozenset[str] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None
+    overflow: str = "error"
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     hosts: frozenset[str] | None = LOOPBACK

@@ -1,5 +1,6 @@
 """The objects of the OpenAI protocol, from results and events. Pure functions; what they return is JSON."""
 
+import math
 import re
 import secrets
 import string
@@ -32,6 +33,16 @@ def tool_call(call: ToolCall) -> dict[str, Any]:
     """A call with a fresh id: nine letters and digits, which every chat template accepts."""
     made = "".join(secrets.choice(_ALPHABET) for _ in range(9))
     return {"id": made, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def likeliest(results: Sequence[Result], n: int) -> list[Result]:
+    """The `n` results with the highest mean log-probability of a token, the best first."""
+
+    def mean(result: Result) -> float:
+        values = [entry.logprob for entry in result.logprobs or ()]
+        return sum(values) / len(values) if values else -math.inf
+
+    return sorted(results, key=mean, reverse=True)[:n]
 
 
 def usage(results: Sequence[Result], n: int, thoughts: int) -> dict[str, Any]:
@@ -88,6 +99,28 @@ def text_logprobs(
         ],
         "text_offset": offsets,
     }
+
+
+def prompt_logprobs(tokenizer: Any, entries: Sequence[TokenLogprob | None] | None, top: int) -> list[Any]:
+    """How likely every token of a prompt was, as vLLM writes it: for each an object of token ids, among them its own.
+
+    The first is None: before it nothing stands. `rank` is None for a token that is not among the `top` best.
+    """
+    found: list[Any] = []
+    for entry in entries or ():
+        if entry is None:
+            found.append(None)
+            continue
+        ranked = {id: (value, rank) for rank, (id, value) in enumerate(entry.top[: max(1, top)], 1)}
+        own = ranked.get(entry.id, (entry.logprob, None))
+        chosen = {entry.id: own} | (ranked if top else {})
+        found.append(
+            {
+                str(id): {"logprob": _finite(value), "rank": rank, "decoded_token": token_text(tokenizer, id)}
+                for id, (value, rank) in chosen.items()
+            }
+        )
+    return found
 
 
 def token_text(tokenizer: Any, token: int) -> str:

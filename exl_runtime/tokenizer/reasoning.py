@@ -4,9 +4,12 @@ The result does not depend on the pieces in which the text arrives, and nothing 
 themselves and the blank space around them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +109,38 @@ class ReasoningSplitter:
         if thought:
             self._begun = True
             found.append(("reasoning", thought))
+
+
+def others_of(tokenizer: "Tokenizer", wanted: Iterable[str]) -> frozenset[str]:
+    """The special tokens that have to be erased from a text in which those of `wanted` shall show.
+
+    Special tokens show all together or not at all. Empty when none of `wanted` is one: the text comes without any then.
+    """
+    special = {tokenizer.piece(token) for token in tokenizer.special_ids}
+    seen = special & set(wanted)
+    return frozenset(special - seen) if seen else frozenset()
+
+
+class Eraser:
+    """Text in, text out without certain words, whatever the pieces it comes in."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = tuple(word for word in words if word)
+        self._first = frozenset(word[0] for word in self._words)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is certain now."""
+        if not self._held and self._first.isdisjoint(text):
+            return text  # there may be a thousand words, and they rarely come
+        text = self._held + text
+        for word in self._words:
+            text = text.replace(word, "")
+        keep = max((partial_end(text, word) for word in self._words), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was still held back."""
+        rest, self._held = self._held, ""
+        return rest

@@ -7,6 +7,7 @@
 
 #include "lanes.h"
 #include "linear_dense_isa.h"
+#include "linear_dense_short.h"
 
 namespace exl {
 namespace {
@@ -107,6 +108,10 @@ void few_in_line(const DenseWeights& w, const DenseInput& x, float* y, int64_t f
 
 template <class I, class T>
 void few_type(const DenseWeights& w, const DenseInput& x, float* y, int64_t first, int64_t last) {
+  if (w.inputs <= kShort && x.rows <= 3) {
+    first = few_short<I, T>(w, x, y, first, last);
+    if (first == last) return;
+  }
   if (w.inputs <= kLinearBlocks * kBlock) {
     switch (x.rows) {
       case 1: return few_in_line<I, T, 1>(w, x, y, first, last);

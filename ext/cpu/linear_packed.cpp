@@ -10,13 +10,8 @@
 #include "threads.h"
 
 namespace exl {
-namespace {
 
-constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
-constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
-constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
-
-const PackedIsa& chosen() {
+const PackedIsa& linear_packed_isa() {
 #if EXL_X86_ISA
   if (use_avx512vnni()) return linear_packed_avx512vnni();
 #if EXL_AVXVNNI
@@ -26,6 +21,12 @@ const PackedIsa& chosen() {
 #endif
   return linear_packed_portable();
 }
+
+namespace {
+
+constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
+constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
+constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -54,7 +55,7 @@ void multiply_tiles(const PackedIsa& kernels, const Task& task, int64_t begin, i
 
 void linear_packed_cpu(const Product* products, int count, const float* x, int64_t rows, int64_t residual_rows) {
   static thread_local Scratch memory;
-  const PackedIsa& kernels = chosen();
+  const PackedIsa& kernels = linear_packed_isa();
   const bool residual = rows <= residual_rows;
   const int64_t most_rows = rows < kRowsAtOnce ? rows : kRowsAtOnce;
 

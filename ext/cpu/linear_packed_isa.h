@@ -32,6 +32,9 @@ struct PackedIsa {
                    float* y);
 };
 
+// The one in use.
+const PackedIsa& linear_packed_isa();
+
 const PackedIsa& linear_packed_portable();
 const PackedIsa& linear_packed_avx2();
 const PackedIsa& linear_packed_avxvnni();

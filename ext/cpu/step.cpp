@@ -3,7 +3,6 @@
 #include "step.h"
 
 #include <atomic>
-#include <chrono>
 #include <cstring>
 
 #include "kv_append.h"
@@ -11,35 +10,18 @@
 #include "rope.h"
 #include "row_kernels.h"
 #include "scratch.h"
+#include "step_lora.h"
+#include "step_moe.h"
 #include "threads.h"
 
 namespace exl {
 
 const char* const kPhaseNames[] = {"embed", "norm", "project", "rope", "append", "attend", "out", "mlp", "gated",
-                                   "head", "draw"};
+                                   "route", "head", "draw"};
 
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
-
-class Stopwatch {
- public:
-  explicit Stopwatch(StepTimes* to) : to_(to) {
-    if (to_ != nullptr) last_ = Clock::now();
-  }
-  // What passed since the last call belongs to `phase`.
-  void lap(Phase phase) {
-    if (to_ == nullptr) return;
-    const Clock::time_point now = Clock::now();
-    to_->seconds[int(phase)] += std::chrono::duration<double>(now - last_).count();
-    last_ = now;
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  StepTimes* to_;
-  Clock::time_point last_;
-};
 
 // y[i] += x[i]
 void add(float* y, const float* x, int64_t count) {
@@ -57,7 +39,7 @@ void add_bias(const StepMatrix& w, float* y, int64_t rows) {
 }
 
 // y[i] = x @ w[i] + bias for matrices of one input. Packed ones share a call while they ask for the same residual.
-void multiply(const StepMatrix* const* w, float* const* y, int count, const float* x, int64_t rows) {
+void multiply_all(const StepMatrix* const* w, float* const* y, int count, const float* x, int64_t rows) {
   for (int i = 0; i < count;) {
     Product products[kMostTogether];
     int many = 0;
@@ -73,11 +55,6 @@ void multiply(const StepMatrix* const* w, float* const* y, int count, const floa
     }
   }
   for (int i = 0; i < count; ++i) add_bias(*w[i], y[i], rows);
-}
-
-void multiply(const StepMatrix& w, float* y, const float* x, int64_t rows) {
-  const StepMatrix* one = &w;
-  multiply(&one, &y, 1, x, rows);
 }
 
 // What a product reads first, by each thread from its share of it on.
@@ -147,6 +124,10 @@ class Pass {
     multiply(l.out, to_.normed, to_.mixed, b_.rows);
     watch_.lap(Phase::out);
     join(l.post_attention_norm, l.pre_mlp_norm);
+    if (l.moe.visits > 0) {
+      step_moe(l.moe, l.activation, to_.normed, to_.normed, b_.rows, watch_);
+      return leave(l, next);
+    }
     const StepMatrix* const halves[] = {&l.gate, &l.up};
     float* const opened[] = {to_.gate, to_.up};
     multiply(halves, opened, 2, to_.normed, b_.rows);
@@ -156,8 +137,7 @@ class Pass {
     watch_.lap(Phase::gated);
     multiply(l.down, to_.normed, to_.gate, b_.rows);
     watch_.lap(Phase::mlp);
-    join(l.post_mlp_norm, next == nullptr ? nullptr : next->input_norm);
-    normed_ = next != nullptr;
+    leave(l, next);
   }
 
   void head(float* logits) {
@@ -167,7 +147,7 @@ class Pass {
       std::memcpy(to_.mixed + i * m_.hidden, row, size_t(m_.hidden) * sizeof(float));
     }
     norm(to_.mixed, m_.final_norm, to_.normed, b_.logits);
-    multiply(m_.head, logits, to_.normed, b_.logits);
+    multiply(m_.head, logits, to_.normed, b_.logits, b_.logit_rows);
     if (m_.logit_scale != 1.0f) {
       const int64_t width = m_.head.outputs;
       parallel_for(
@@ -181,6 +161,18 @@ class Pass {
   }
 
  private:
+  // `tokens`: which of the pass each row of x is, null: they are all. With what the adapters of these add.
+  void multiply(const StepMatrix* const* w, float* const* y, int count, const float* x, int64_t rows,
+                const int64_t* tokens = nullptr) {
+    multiply_all(w, y, count, x, rows);
+    for (int i = 0; i < count && b_.share_count > 0; ++i) step_lora(b_, *w[i], x, rows, tokens, y[i]);
+  }
+
+  void multiply(const StepMatrix& w, float* y, const float* x, int64_t rows, const int64_t* tokens = nullptr) {
+    const StepMatrix* one = &w;
+    multiply(&one, &y, 1, x, rows, tokens);
+  }
+
   // Row t of each rope's angles is token t's.
   void gather_angles() {
     static thread_local Scratch memory;
@@ -272,6 +264,12 @@ class Pass {
     watch_.lap(Phase::norm);
   }
 
+  // The end of a layer: its second half is in to_.normed.
+  void leave(const StepLayer& l, const StepLayer* next) {
+    join(l.post_mlp_norm, next == nullptr ? nullptr : next->input_norm);
+    normed_ = next != nullptr;
+  }
+
   const StepModel& m_;
   const StepBatch& b_;
   float* const x_;
@@ -283,16 +281,18 @@ class Pass {
 
 }  // namespace
 
-void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
-              StepTimes* times) {
-  if (batch.rows <= 0) return;
+bool step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
+              StepTimes* times, const std::atomic<bool>* stop) {
+  if (batch.rows <= 0) return true;
   const Awake awake;
   Pass pass(model, batch, x, times);
   if (first == 0) pass.embed();
   for (int64_t index = first; index < last; ++index) {
+    if (stop != nullptr && stop->load(std::memory_order_relaxed)) return false;
     pass.layer(index, index + 1 < last ? &model.layers[size_t(index + 1)] : nullptr);
   }
   if (last == int64_t(model.layers.size())) pass.head(logits);
+  return true;
 }
 
 bool all_finite(const float* x, int64_t count) {

@@ -6,13 +6,16 @@
 //               q, k = norm over head_dim, where there are such weights;   rotated;   k, v into the pages
 //               a = attention(q) @ Wo (+ bias), then norm(., post_attention) where there is one;   x += a
 //               h = norm(x, pre_mlp)                          m = (activation(h @ Wg) * (h @ Wu)) @ Wd (+ biases)
+//               or of the experts e that a row visits, in ascending order, the sum of weight[e] * m[e] (step_moe.h)
 //               m = norm(m, post_mlp) where there is one;     x += m
 //   logits = norm(x[logit_rows], final) @ Wh (+ bias) * logit_scale
+//   behind every product: what the adapters of its rows add (step_lora.h)
 //
 // All in float32 (rms_norm.h, linear_packed.h, linear_dense.h, rope.h, kv_append.h, attention.h, gated.h).
 // reference: the same model run operator by operator      test: tests/model/test_step.py
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -30,6 +33,15 @@ struct StepMatrix {
   DenseWeights dense;
   const float* bias;  // (outputs), or null
   int64_t inputs, outputs;
+  int64_t place = -1;  // step_lora.h; -1: no adapter changes it
+};
+
+// A mixture of experts in the place of gate, up and down.
+struct StepMoe {
+  StepMatrix router;                       // an output for every expert
+  std::vector<StepMatrix> gate, up, down;  // of every expert, without biases
+  int64_t visits = 0;                      // experts for a row; 0: the layer has no mixture
+  bool normalize = false;                  // route.h
 };
 
 // Norm weights are float32; null where the model has none.
@@ -38,6 +50,7 @@ struct StepLayer {
   const float *post_attention_norm, *post_mlp_norm;  // (hidden), or null
   const float *query_norm, *key_norm;                // (head_dim), or null
   StepMatrix query, key, value, out, gate, up, down;
+  StepMoe moe;
   Activation activation;
   int64_t window;  // attention.h
   int64_t rope;    // which of the batch's
@@ -69,6 +82,8 @@ struct StepPages {
   int bits;  // 0: elements of StepBatch::page_dtype
 };
 
+struct StepShare;  // step_lora.h
+
 // The new tokens of all sequences, one after another.
 struct StepBatch {
   int64_t rows, sequences, table_width, page_size;
@@ -81,10 +96,13 @@ struct StepBatch {
   Dtype page_dtype;
   const int64_t* logit_rows;  // (logits)
   int64_t logits;
+  const StepShare* shares;  // of adapters
+  int64_t share_count;
 };
 
-// Where the time of passes went, in seconds; draw: what a caller does with the logits.
-enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, head, draw, count };
+// Where the time of passes went, in seconds; route: all of a mixture but its products and activations; draw: what a
+// caller does with the logits.
+enum class Phase { embed, norm, project, rope, append, attend, out, mlp, gated, route, head, draw, count };
 struct StepTimes {
   double seconds[int(Phase::count)];
 };
@@ -92,9 +110,9 @@ extern const char* const kPhaseNames[int(Phase::count)];
 
 // Layers [first, last) on x, float32 (rows, hidden), written in place. Before layer 0 the tokens' embeddings are put
 // there; after the last layer of the model float32 (logits, head.outputs) go to `logits`. `times` may be null; else the
-// time spent is added.
-void step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
-              StepTimes* times);
+// time spent is added. `stop`, where there is one, is looked at before every layer: false, and no logits, if it was true.
+bool step_cpu(const StepModel& model, const StepBatch& batch, int64_t first, int64_t last, float* x, float* logits,
+              StepTimes* times, const std::atomic<bool>* stop = nullptr);
 
 // Whether all of x are finite.
 bool all_finite(const float* x, int64_t count);

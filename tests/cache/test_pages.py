@@ -328,5 +328,5 @@ class PageMachine(RuleBasedStateMachine):
             assert self.table.available == PAGES
 
 
-PageMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+PageMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 test_random_histories = PageMachine.TestCase

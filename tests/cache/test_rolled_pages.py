@@ -157,5 +157,5 @@ class RolledPages(RuleBasedStateMachine):
             assert all(self.table.references(page) == held.count(page) for page in held)
 
 
-RolledPages.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+RolledPages.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 test_random_histories = RolledPages.TestCase

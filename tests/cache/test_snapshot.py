@@ -160,13 +160,13 @@ def test_all_types_bit_by_bit(name: str, tmp_path: Path) -> None:
         raw = tensor.view(torch.uint8)
         raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8))
     ours, path = Identity.of("m", "c", geometry), tmp_path / "a.kv"
-    contents = Contents(bytes(16), tuple(range(11)), (2, 0))
+    contents = Contents(bytes(16), tuple(range(11)), [(2, 0)])
     path.write_bytes(b"".join(bytes(piece) for piece in pieces(kv, contents, ours)))
     snapshot = Snapshot.open(path, ours, geometry)
     for slot, (page, tokens) in enumerate(((2, 8), (0, 3))):
-        node = snapshot.node(slot)
+        node = snapshot.tiers[0].node(slot)
         assert node is not None and node.tokens == tokens
-        (image,) = snapshot._loader(slot)()
+        (image,) = snapshot.tiers[0]._loader(slot)()
         layers = [part[page, :tokens] for layer in range(2) for part in kv.layer(layer)]
         assert torch.equal(image, torch.cat([part.reshape(-1).view(torch.uint8) for part in layers]))
     with pytest.raises(StorageError, match="cache type"):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,8 @@ def test_every_setting_can_be_typed_as_it_is_shown() -> None:
         "dry_allowed_length": "3",
         "smoothing_curve": "1.5",
         "dry_base": "1.5",
+        "thoughts": "show",
+        "negative": '"You are rude."',
     }
     for name in setting_names():
         default = get_setting(ReplySettings(), name)
@@ -168,8 +171,16 @@ def test_settings_survive_json() -> None:
 
     sampling = SamplingParams(logit_bias={1: -math.inf, 2: 0.5}, allowed_tokens=(1, 2), seed=9)
     settings = ReplySettings(max_tokens=3, stop=("a b", "\n"), stop_ids=(3, 5), stop_loop=(32, 4), sampling=sampling)
+    settings = replace(settings, guidance=1.5, negative="rude", thoughts="hide")
     assert ReplySettings.from_json(json.loads(json.dumps(settings.to_json(), allow_nan=False))) == settings
-    for wrong in ({"colour": "red"}, {"stop_ids": [True]}, {"stop_ids": "12"}, {"stop_loop": [1]}, {"stop_loop": "8"}):
+    for wrong in (
+        {"colour": "red"},
+        {"stop_ids": [True]},
+        {"stop_ids": "12"},
+        {"stop_loop": [1]},
+        {"stop_loop": "8"},
+        {"guidance": -1},
+    ):
         with pytest.raises(UsageError):
             ReplySettings.from_json(wrong)
 

@@ -1,6 +1,8 @@
-"""The options of `exl run` about guesses and about what a reply looks like, on the demo model."""
+"""The options of `exl run` and `exl chat` about guesses and about what replies look like, on the demo model."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,27 @@ def test_led_away_from_another_prompt(capsys: pytest.CaptureFixture[str]) -> Non
     assert replies[0] != replies[1]
 
 
+def test_every_reply_of_a_chat_looks_like_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+
+    def replies(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\nAnd of Italy?\n"))
+        assert exl("chat", "demo", "--threads", "1", "-t", "0", "-n", "24", *options) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert set(replies("--choice", "yes", "--choice", "no")) <= {"yes", "no"}
+    (tmp_path / "schema.json").write_text('{"enum": [5, 6]}')
+    assert set(replies("--json-schema", str(tmp_path / "schema.json"))) <= {"5", "6"}
+    plain = replies()
+    assert "Paris" in plain[0] and "Paris" not in replies("--ban", "Paris")[0]
+    away = ("--system", "You are brief.", "--negative-prompt", "You tell long stories.")
+    assert replies(*away) == replies(*away, "--guidance", "1.5")
+    assert replies(*away, "--guidance", "30") != replies(*away, "--guidance", "1") == replies(*away[:2])
+
+
 def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     from exl_runtime.cli.chat import DEMO_MAX_TOKENS, DEMO_TEMPERATURE
 
@@ -102,3 +125,38 @@ def test_help_tells_the_defaults_of_the_demo(capsys: pytest.CaptureFixture[str])
 def test_options_that_make_no_sense(options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exl(*ASK, *options) == 2
     assert words in capsys.readouterr().err
+
+
+def test_scores_of_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        exl("run", "demo", "--threads", "1", "--raw", "--json", "-p", "Once upon a time", "--prompt-logprobs", "2") == 0
+    )
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = done["prompt_logprobs"]
+    assert len(scores) == done["prompt_tokens"] and scores[0] is None
+    assert all(score["logprob"] < 0 and len(score["top"]) == 2 for score in scores[1:])
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_thoughts_of_a_single_reply(
+    special: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from fake_runtime import FakeRuntime
+    from marked import MarkedRuntime
+
+    from exl_runtime.cli import run
+
+    def replies(*options: str) -> str:
+        plain = FakeRuntime(["<think>\nHm.\n</think>\n\nYes."])
+        plain.template = SimpleNamespace(sources={"default": "<think>"})
+        runtime = MarkedRuntime(["\ue000\nHm.\n\ue001\n\nYes.\ue002"]) if special else plain
+        monkeypatch.setattr(run, "open_runtime", lambda args: runtime)
+        assert exl("run", "m", "-p", "q", *options) == 0
+        return capsys.readouterr().out
+
+    assert replies("--thoughts", "hide") == "Yes.\n"
+    assert replies() == "<think>\nHm.\n</think>\n\nYes.\n"
+    done = json.loads(replies("--json").splitlines()[-1])
+    assert (done["thoughts"], done["answer"]) == ("Hm.", "Yes.") and done["text"].startswith("<think>")

@@ -11,6 +11,7 @@ from exl_runtime.config.resolve import resolve
 from exl_runtime.errors import OutOfMemory, UsageError
 from exl_runtime.model.split import Room, measure
 from exl_runtime.runtime import spread
+from exl_runtime.runtime.draft import DraftNeeds
 
 CPU = torch.device("cpu")
 GREEDY = exl.SamplingParams(temperature=0)
@@ -50,6 +51,40 @@ def test_the_demo_answers_from_two_backends_as_from_one(two_rooms) -> None:
     assert got.ids == same.ids
     with pytest.raises(UsageError, match="closed"):
         runtime.logits([1])
+
+
+@pytest.mark.parametrize(("backend", "context"), [("cuda", 256), ("cpu", "auto")])
+def test_a_draft_model_beside_a_model_in_stages(emulated, demo, monkeypatch, backend, context) -> None:
+    """On the card where it has room for both, else on the host; the layers that it displaces move on."""
+    length = 1024 if context == "auto" else context
+    files = load_config(demo)
+    spec = resolve(files.config, files.generation)
+    with Checkpoint.open(demo) as checkpoint:
+        sizes = measure(checkpoint, spec, cache=FP16, context=length)
+    half = sizes.stage(0, len(spec.layers) // 2)
+    needed = DraftNeeds.of(demo).total_bytes(length, CPU)
+    card = half + needed if backend == "cuda" else needed - 1
+    monkeypatch.setattr(spread, "available_rooms", lambda _: [Room(CPU, "cuda", card), Room(CPU, "cpu", 8 << 30)])
+    told: list[str] = []
+    options = {"cache": "fp16", "context": context, "threads": 1}
+    with exl.load("demo", gpu_split="20,24", draft="demo", progress=told.append, **options) as runtime:
+        assert runtime.info.context == length
+        drafter = runtime._engine()._speculator.drafter
+        assert drafter.model.backend == backend and drafter.kv.counts == runtime._engine().kv.counts
+        got = runtime.generate([1, 5, 9, 20], max_tokens=6, sampling=GREEDY, speculate="draft")
+    assert any("of the draft model" in line for line in told)
+    assert [line.startswith("layers 0 to 2") for line in told if line.startswith("layers 0")] == [backend == "cuda"]
+    assert got.drafted_tokens and got.accepted_tokens
+    with exl.load("demo", device="cpu", **options) as whole:
+        assert whole.generate([1, 5, 9, 20], max_tokens=6, sampling=GREEDY, speculate="off").ids == got.ids
+
+
+def test_no_room_for_a_draft_model_is_said_before_anything_loads(emulated, monkeypatch) -> None:
+    monkeypatch.setattr(spread, "available_rooms", lambda split: [Room(CPU, "cpu", 8 << 20)])
+    told: list[str] = []
+    with pytest.raises(OutOfMemory, match="for the draft model demo"):
+        exl.load("demo", gpu_split="auto", draft="demo", progress=told.append)
+    assert not any("loading" in line for line in told)
 
 
 def test_no_room_is_said_before_anything_loads(emulated, monkeypatch) -> None:

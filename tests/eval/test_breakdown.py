@@ -1,6 +1,9 @@
 """Where a step spends its time: what is counted, what is not, and the command from end to end. No time is judged."""
 
 import argparse
+import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import unavailable
@@ -8,7 +11,19 @@ from conftest import unavailable
 import exl_runtime as exl
 from eval.commands import step
 from eval.speed import bandwidth as bandwidth_module
-from eval.speed.breakdown import NATIVE, PARTS, PRODUCTS, Breakdown, Watch, break_down, text_of, watching
+from eval.speed.breakdown import (
+    BETWEEN,
+    NATIVE,
+    PARTS,
+    PRODUCTS,
+    WAITING,
+    Breakdown,
+    Kept,
+    Watch,
+    break_down,
+    text_of,
+    watching,
+)
 from eval.speed.traffic import traffic_of
 from exl_runtime.console.progress import QuietReporter
 from exl_runtime.errors import UsageError
@@ -51,24 +66,57 @@ def test_every_part_is_there_and_everything_is_put_back_afterwards() -> None:
     assert [vars(owner)[name] for owner, name, _ in PARTS] == before
 
 
+def test_a_step_lasts_from_the_end_of_the_one_before() -> None:
+    now = iter(range(100))
+    watch = Watch(clock=lambda: float(next(now)))  # asked at 0
+    native = SimpleNamespace(program=SimpleNamespace(times=lambda timed: {"mlp": 0.25}))
+    plan = SimpleNamespace(tokens=[5], rope_lengths=(8,))
+    run = watch.run_of(lambda step, plan: None)
+    step = watch.step_of(lambda: run(native, plan))
+    step()
+    step()
+    # Begins at 1, the pass from 2 to 3, its phases are asked for from 4 to 5, ends at 6; looked at the clock at 7.
+    assert watch.spent == {PARTS[0][2]: 3.0, NATIVE: 1.0}
+    assert watch.walls == [7.0, 7.0] and watch.asides == [1.0, 1.0] and watch.phases == [{"mlp": 0.25}] * 2
+
+
+def test_what_ran_beside_a_pass_is_no_part_of_it() -> None:
+    watch = Watch()
+    watch.steps = [{"engine": 1.0, NATIVE: 6.0}] * 4
+    watch.phases = [{"mlp": 4.0, "attend": 1.0, "norm": 0.5}] * 4
+    watch.walls, watch.asides = [9.0] * 4, [1.0] * 4
+    plain, ahead = Kept(), Kept()
+    plain.add(watch, 0)
+    ahead.add(watch, 3)
+    assert plain.walls == [8.0, 8.0] and plain.rests == [3.0, 3.0] and plain.ahead == 0
+    assert plain.around == [{"engine": 1.0, NATIVE: 0.5, BETWEEN: 1.0}] * 2  # and 5.5 of phases: 8
+    assert ahead.walls == [9.0, 9.0] and ahead.rests == [4.0, 4.0] and ahead.ahead == 2
+    assert ahead.around == [{"engine": 1.0, WAITING: 6.0, BETWEEN: 1.0}] * 2  # and 1 of asking: 9
+    assert watch.steps[0] == {"engine": 1.0, NATIVE: 6.0}
+
+
 @pytest.mark.usefixtures("_kernels")
-def test_the_parts_make_up_the_step() -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_parts_make_up_the_step(ahead: bool) -> None:
     with exl.load("demo", context=512, threads=1) as runtime:
-        found = break_down(runtime, [5, 6, 7] * 10, 12, traffic=traffic_of(runtime, 1), bandwidth=1e10)
+        found = break_down(runtime, [5, 6, 7] * 10, 12, traffic=traffic_of(runtime, 1), bandwidth=1e10, ahead=ahead)
     assert found.steps == 12 and found.threads == 1
-    assert set(PRODUCTS) < set(found.phases) and NATIVE in found.around
-    assert {label for _, _, label in PARTS} == set(found.around)
-    assert all(seconds > 0 for seconds in (found.products, found.attention, found.rest))
-    medians = sum(found.phases.values()) + sum(found.around.values())
-    assert medians == pytest.approx(found.products + found.attention + found.rest)
+    beside = ahead and len(os.sched_getaffinity(0)) > 1
+    assert found.ahead == beside
+    assert set(PRODUCTS) < set(found.phases)
+    labels = {label for _, _, label in PARTS} - {NATIVE}
+    assert set(found.around) == labels | {BETWEEN, WAITING if beside else NATIVE}
+    assert all(seconds > 0 for seconds in (found.products, found.attention, found.rest, found.python))
     assert found.read > 3e6  # the demo's matrices
 
 
 def test_the_text_says_what_the_memory_would_allow() -> None:
-    found = Breakdown(1, 3, 0.02, {"mlp": 0.015, "attend": 0.002}, {"engine": 0.003}, 1e8, 1e10)
+    found = Breakdown(1, 3, 0.02, {"mlp": 0.015, "attend": 0.002}, {"engine": 0.003}, 0.003, 1e8, 1e10)
     text = text_of(found)
     assert "a step: 20.0 ms, of it products 15.0, attention 2.00, everything else 3.00" in text
     assert "100 MB, 10.0 ms at 10.0 GB/s: 50 % of the bandwidth" in text
+    assert "Python around the pass: 3.00 ms" in text and "ahead" not in text
+    assert "beside it in 75 % of the steps" in text_of(replace(found, ahead=0.75))
 
 
 @pytest.fixture
@@ -88,6 +136,7 @@ def test_the_command_tells_one_table_for_each_number_of_threads() -> None:
     outcome = command("demo", "--threads", "2,1")
     assert [table["threads"] for table in outcome.facts["tables"]] == [2, 1]
     assert outcome.text.count("a step: ") == 2
+    assert [table["begun_ahead"] for table in command("demo", "--threads", "1", "--no-ahead").facts["tables"]] == [0.0]
 
 
 @pytest.mark.usefixtures("_kernels", "small_memory")

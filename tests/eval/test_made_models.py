@@ -17,7 +17,9 @@ from eval.commands import make
 from eval.made import folder, linears, twin
 from eval.made.folder import Recipe, write_model
 from eval.made.shape import PRESETS, Shape, parse_shape
+from eval.speed.traffic import spec_of
 from exl_runtime.checkpoint import Checkpoint
+from exl_runtime.config.spec import MoeSpec
 from exl_runtime.console.progress import QuietReporter
 from exl_runtime.errors import EvalError, UsageError
 from exl_runtime.formats.base import LinearShape
@@ -28,6 +30,7 @@ from exl_runtime.model.summary import summarize
 
 TINY = Shape(hidden=64, inner=96, layers=2, heads=4, kv_heads=2, vocab=2048, context=256)
 GREEDY = exl.SamplingParams(temperature=0.0, ignore_eos=True)
+MIXED = Shape(hidden=64, inner=32, layers=2, heads=4, kv_heads=2, vocab=2048, context=256, experts=5, active=2)
 RECIPES = {
     "exl2": Recipe(),
     "exl2-group32": Recipe(bits=3.6, group=32),
@@ -39,13 +42,14 @@ RECIPES = {
 }
 
 
+@pytest.mark.parametrize("shape", [TINY, MIXED], ids=["plain", "experts"])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
-def test_opens_and_generates_sane_numbers(tmp_path: Path, recipe: Recipe) -> None:
-    write_model(tmp_path / "made", TINY, recipe, QuietReporter())
+def test_opens_and_generates_sane_numbers(tmp_path: Path, recipe: Recipe, shape: Shape) -> None:
+    write_model(tmp_path / "made", shape, recipe, QuietReporter())
     with exl.load(tmp_path / "made", threads=1) as runtime:
         logits = runtime.logits(range(10, 74))
         result = runtime.generate([5, 6, 7], max_tokens=12, sampling=GREEDY)
-    assert logits.shape == (64, TINY.vocab)
+    assert logits.shape == (64, shape.vocab)
     assert logits.isfinite().all()
     # The head has unit gain on normed input, so logits have about unit variance; a constant or dead model has none.
     assert 0.8 < float(logits.std()) < 1.25
@@ -64,15 +68,29 @@ def test_deep_models_stay_sane(tmp_path: Path) -> None:
     assert len(set(logits.argmax(-1).tolist())) > 16
 
 
-def test_dense_models_mean_the_same_to_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [TINY, MIXED], ids=["plain", "experts"])
+def test_dense_models_mean_the_same_to_transformers(tmp_path: Path, shape: Shape) -> None:
     transformers = pytest.importorskip("transformers")
-    write_model(tmp_path / "made", TINY, Recipe(format="fp16"), QuietReporter())
+    write_model(tmp_path / "made", shape, Recipe(format="fp16"), QuietReporter())
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)
     ids = list(range(100, 130))
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
     with exl.load(tmp_path / "made", threads=1) as runtime:
         torch.testing.assert_close(runtime.logits(ids), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_mixture_has_the_experts_asked_for(tmp_path: Path) -> None:
+    write_model(tmp_path / "made", MIXED, Recipe(), QuietReporter())
+    with Checkpoint.open(tmp_path / "made") as checkpoint:
+        orders = [tuple(checkpoint.tensor(name).tolist()) for name in checkpoint.names if name.endswith("q_invperm")]
+    assert len(set(orders)) == 1 + 2 * (2 + 2 * 5), "gate and up of one expert share the order of their rows"
+    with exl.load(tmp_path / "made", threads=1) as runtime:
+        mixture = spec_of(runtime).layers[1].mlp
+    assert isinstance(mixture, MoeSpec)
+    assert (mixture.experts, mixture.experts_per_token, mixture.intermediate_size) == (5, 2, 32)
+    experts = next(kind for kind in summarize(tmp_path / "made").kinds if kind.kind == "experts")
+    assert experts.weights == 2 * 5 * 3 * 64 * 32
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.0, 4.65, 6.0])
@@ -187,19 +205,33 @@ def test_an_interrupted_folder_is_no_model_and_can_be_made_again(tmp_path: Path)
     assert summarize(tmp_path / "made").format == "exl2"
 
 
-BAD_SHAPES = ("70b", "64/96/2/4", "64/96/2/4/2/x", "64/96/0/4/2/2048", "65/96/2/4/2/2048", "64/96/2/5/1/2048")
+BAD_SHAPES = (
+    "64/96/2/4/2/2048/8",
+    "64/96/2/4/2/2048/8/9",
+    "64/96/2/4/2/2048/0/1",
+    "70b",
+    "64/96/2/4",
+    "64/96/2/4/2/x",
+    "64/96/0/4/2/2048",
+    "65/96/2/4/2/2048",
+    "64/96/2/5/1/2048",
+)
+BAD_MIXTURES = ("64/96/2/4/2/2048/8", "64/96/2/4/2/2048/8/9", "64/96/2/4/2/2048/0/1")
 
 
-@pytest.mark.parametrize("text", [*BAD_SHAPES, "96/96/2/4/3/2048", "64/96/2/4/1/2048"])
+@pytest.mark.parametrize("text", [*BAD_SHAPES, "96/96/2/4/3/2048", "64/96/2/4/1/2048", *BAD_MIXTURES])
 def test_bad_shapes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"hint: give 1\.1b"):
-        parse_shape(text)
+        parse_shape(text, mixtures=True)
 
 
 def test_shapes_are_read() -> None:
     assert parse_shape("1.1b") == PRESETS["1.1b"]
     assert parse_shape("8B", layers=2).layers == 2
     assert parse_shape("64/96/2/4/2/2048") == Shape(hidden=64, inner=96, layers=2, heads=4, kv_heads=2, vocab=2048)
+    assert parse_shape("1024/512/12/16/4/32000/32/8", mixtures=True) == PRESETS["moe-1b"]
+    with pytest.raises(UsageError, match="the shape 'moe-1b' has experts"):
+        parse_shape("moe-1b")
     assert PRESETS["8b"].linears()[1] == ("self_attn.k_proj", 4096, 1024)
 
 
@@ -289,6 +321,11 @@ def test_twin_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(EvalError, match="GGUF files need the gguf package\n  hint: pip install gguf"):
         twin.write_twin(tmp_path / "twin.gguf", GGUF_SHAPE, "Q4_0", 1, QuietReporter())
     assert not list(tmp_path.iterdir())
+
+
+def test_twin_of_a_mixture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a GGUF file of a mixture of experts"):
+        twin.write_twin(tmp_path / "twin.gguf", MIXED, "Q4_0", 1, QuietReporter())
 
 
 def test_twin_of_a_shape_that_fits_no_block(tmp_path: Path) -> None:

@@ -1,8 +1,4 @@
-"""A rolled window of a real Transformer against a float64 model that lists what every token sees, and from where.
-
-Nothing is turned there: a query looks at recent keys from its own position, and at the sinks from as many positions
-earlier as have left between them.
-"""
+"""A rolled window of a real Transformer against a float64 model that lists what every token sees, and from where."""
 
 from dataclasses import dataclass, field
 
@@ -11,6 +7,7 @@ import torch
 from driving import open_model
 from fakes import FakeDraw, FakeTokenizer
 from oracles import assert_as_good_as
+from seeing import exact
 from tiny import by_name, model_of, write
 from torch import Tensor
 
@@ -55,40 +52,10 @@ def ask(generator: Generator, prompt: list[int], count: int):
     return result
 
 
-def exact(reference, ids: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Logits (tokens, vocab) of a Llama, every token seeing sinks and recent tokens only."""
-    config, inner = reference.config, reference.to(dtype).model
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, inner.layers[0].self_attn.head_dim
-    place = torch.arange(len(ids))
-    shift = (place // SIZE - PAGES + 1).clamp(min=0) * SIZE  # of every query
-    kept = SINKS * SIZE
-    sink = place[None, :] < kept
-    distance = torch.where(sink, place[:, None] - shift[:, None] - place[None, :], place[:, None] - place[None, :])
-    seen = (place[None, :] <= place[:, None]) & (sink | (place[None, :] >= kept + shift[:, None]))
-    if (window := getattr(config, "sliding_window", None)) is not None:
-        seen &= distance < window
-    rotary = inner.rotary_emb
-
-    def turned(x: Tensor, positions: Tensor) -> Tensor:  # x (heads, tokens, dim)
-        angles = positions.to(dtype)[:, None] * rotary.inv_freq.to(dtype)
-        cos, sin = (angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-    with torch.inference_mode():
-        x = inner.embed_tokens(torch.tensor(ids))
-        for layer in inner.layers:
-            h, own = layer.input_layernorm(x), layer.self_attn
-            q = own.q_proj(h).view(-1, heads, dim).transpose(0, 1)
-            k, v = (p(h).view(-1, kv_heads, dim).transpose(0, 1) for p in (own.k_proj, own.v_proj))
-            k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
-            keys = turned(k, place).transpose(1, 2)
-            near, far = turned(q, place) @ keys, turned(q, place - shift) @ keys
-            scores = torch.where(sink, far, near) * own.scaling
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            x = x + own.o_proj((weights @ v).transpose(0, 1).reshape(len(ids), heads * dim))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return reference.lm_head(inner.norm(x)).to(dtype)
+def rolled(reference, ids: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Logits (tokens, vocab), every token seeing sinks and recent pages only."""
+    shift = (torch.arange(len(ids)) // SIZE - PAGES + 1).clamp(min=0) * SIZE
+    return exact(reference, ids, kept=SINKS * SIZE, shift=shift, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_yarn", "llama3_rope", "mistral"])
@@ -99,8 +66,8 @@ def test_logits_after_rolling_are_those_of_what_is_seen(name, backend, root) -> 
     assert result.dropped_tokens == ((len(PROMPT) + 138) // SIZE - PAGES + 1) * SIZE
     ids = [*PROMPT, *result.ids[:-1]]
     ours = torch.stack(recorder.rows)
-    naive = exact(model_of(by_name(name)), ids, torch.float32)[len(PROMPT) - 1 :]
-    oracle = exact(model_of(by_name(name)), ids)[len(PROMPT) - 1 :]
+    naive = rolled(model_of(by_name(name)), ids, torch.float32)[len(PROMPT) - 1 :]
+    oracle = rolled(model_of(by_name(name)), ids)[len(PROMPT) - 1 :]
     assert_as_good_as(ours, naive, oracle, factor=6.0, floor=2e-5)
 
 

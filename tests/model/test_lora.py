@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import by_name, logits_of, model_of, write
 
 from exl_runtime.errors import AdapterError, ExlError
-from exl_runtime.model.lora import load_adapter, mix_key, mix_of
+from exl_runtime.model.adapter_loading import load_adapter
+from exl_runtime.model.lora import mix_key, mix_of
 
 IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(60)]
 OTHER = [(5 * i * i + i) % 120 + 4 for i in range(37)]
@@ -149,6 +150,7 @@ def test_keys_name_adapters_and_weights(root) -> None:
     assert mix_key(b"root", mix_of([(two, 1.0), (one, 1.0)])) == keys[4]
 
 
+PEFT = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
@@ -156,12 +158,18 @@ Q0 = "model.layers.0.self_attn.q_proj"
     ("change", "says"),
     [
         ({"peft_type": "LOHA"}, "'LOHA'"),
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules"),
-        ({"lora_bias": True}, "biases"),
-        ({"target_parameters": ["experts"]}, "parameters"),
+        ({"use_dora": True}, "no lora_magnitude_vector beside"),
+        ({"lora_bias": True}, "no lora_B.bias beside"),
+        ({"target_parameters": "experts"}, "target_parameters"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
+        ({"alora_invocation_tokens": [5]}, "activated"),
+        ({"arrow_config": {"top_k": 2}}, "routes"),
+        ({"kasa_config": {"beta": 1}}, "KaSA"),
+        ({"monteclora_config": {"num_samples": 4}}, "MonteCLoRA"),
+        ({"velora_config": {"rank": 4}}, "VeLoRA"),
         ({"layer_replication": [[0, 2]]}, "repeats"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"r": 7}, "rank 7"),
         ({"r": "many"}, '"r"'),
@@ -188,8 +196,29 @@ def test_unknown_kinds_are_refused_by_name(change, says, root, tmp_path) -> None
         (lambda t: {k: v for k, v in t.items() if "lora_A" in k}, "no lora_B"),
         (lambda t: {k.replace("q_proj", "z_proj"): v for k, v in t.items()}, "no matrix of this model"),
         (lambda t: {k.replace("layers.0", "layers.9"): v for k, v in t.items()}, "no matrix of this model"),
-        (lambda t: {k.replace("self_attn.q", "mlp.experts.0.gate"): v for k, v in t.items()}, "expert"),
-        (lambda t: {k.replace("lora_A", "lora_embedding_A"): v for k, v in t.items()}, "embedding"),
+        (
+            lambda t: {k.replace("self_attn.q", "mlp.experts.0.gate"): v for k, v in t.items()},
+            "no matrix of this model",
+        ),
+        (lambda t: {k.replace("self_attn.q_proj", "mlp.experts"): v for k, v in t.items()}, "no matrix of this model"),
+        (lambda t: {k.replace("lora_A.weight", "lora_embedding_A"): v for k, v in t.items()}, "no lora_embedding_B"),
+        (lambda t: {**t, f"{PEFT}{Q0}.lora_magnitude_vector": torch.ones(64)}, "knows nothing of a lora_magnitude"),
+        (lambda t: {**t, f"{PEFT}{Q0}.lora_B.bias": torch.ones(64)}, "knows nothing of a lora_B.bias"),
+        (lambda t: {**t, f"{PEFT}model.norm.weight": torch.ones(64)}, "is a norm"),
+        (lambda t: {**t, f"{PEFT}model.layers.0.input_layernorm.weight": torch.ones(64)}, "is a norm"),
+        (lambda t: {**t, f"{PEFT}lm_head.weight": torch.ones(140, 64)}, "140 outputs"),
+        (lambda t: {**t, f"{PEFT}lm_head.base_layer.weight": torch.ones(140, 64)}, "140 outputs"),
+        (lambda t: {**t, f"{PEFT}model.embed_tokens.weight": torch.ones(140, 64)}, "vocabulary"),
+        (lambda t: {**t, f"{PEFT}model.embed_tokens.base_layer.weight": torch.ones(140, 64)}, "vocabulary"),
+        (lambda t: {**t, f"{PEFT}{Q0}.base_layer.bias": torch.ones(63)}, "63 outputs"),
+        (lambda t: {**t, f"{PEFT}{Q0}.base_layer.bias": torch.full((64,), float("inf"))}, "is inf"),
+        (lambda t: {**t, f"{PEFT}lm_head.token_adapter.trainable_tokens_delta": torch.ones(1, 64)}, "token_indices"),
+        (lambda t: {**t, f"{PEFT}{Q0}.weight": torch.ones(64)}, r"shape \(64,\), wanted 2 dimensions"),
+        (lambda t: {**t, f"{PEFT}{Q0}.weight": torch.ones(())}, r"shape \(\), wanted 2 dimensions"),
+        (lambda t: {**t, f"{PEFT}{Q0}.bias": torch.ones(64, 1)}, r"shape \(64, 1\), wanted 1 dimension,"),
+        (lambda t: {**t, f"{PEFT}lm_head.base_layer.weight": torch.ones(64)}, "wanted 2 dimensions"),
+        (lambda t: {**t, f"{PEFT}lm_head.token_adapter.trainable_tokens_delta": torch.ones(0, 64)}, "none empty"),
+        (lambda t: {**t, f"{PEFT}model.embed_tokens.bias": torch.ones(64)}, "no matrix of this model"),
         (lambda t: {k: v[:, :-1] if "lora_A" in k else v for k, v in t.items()}, "63 inputs"),
         (lambda t: {k: v[:-1] if "lora_B" in k else v for k, v in t.items()}, "63 outputs"),
         (lambda t: {k: v[:, :-1] if "lora_B" in k else v for k, v in t.items()}, "wanted"),
@@ -219,3 +248,57 @@ def test_missing_files_and_pickles(root, tmp_path) -> None:
     (path / "adapter_config.json").unlink()
     with pytest.raises(AdapterError, match="adapter_config"):
         load_adapter(path, model)
+
+
+TABLE = f"{PEFT}model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "says"),
+    [
+        ([3, 9], torch.ones(3, 64), "lists 2 tokens"),
+        ([3, 3], torch.ones(2, 64), "twice"),
+        ([3, 131], torch.ones(2, 64), "up to 131"),
+        ([3, 9], torch.ones(2, 60), r"\(2, 60\)"),
+        ({"lm_head": [3, 9]}, torch.ones(2, 64), "token_indices"),
+        ([3, True], torch.ones(2, 64), "token_indices"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(ids, rows, says, root, tmp_path) -> None:
+    model = open_model(write(by_name("llama"), root), "reference")
+    path = write_adapter(tmp_path / "a", {Q0: (64, 64)}, trainable_token_indices=ids)
+    weights = path / "adapter_model.safetensors"
+    save_file({**load_file(weights), TABLE: rows}, weights)
+    with pytest.raises(AdapterError, match=says):
+        load_adapter(path, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: {k: v[:-1] if "lora_A" in k else v for k, v in t.items()}, "no stack of this model's experts"),
+        (lambda t: {k: v[:, :-1] if "lora_A" in k else v for k, v in t.items()}, "no stack of this model's experts"),
+        (lambda t: {k: v[:-1] if "lora_B" in k else v for k, v in t.items()}, "no stack of this model's experts"),
+    ],
+)
+def test_stacks_that_do_not_fit_are_refused(change, says, root, tmp_path) -> None:
+    model = open_model(write(by_name("mixtral"), root), "reference")
+    module = "model.layers.0.mlp.experts"
+    path = write_adapter(
+        tmp_path / "a", {module: (96, 64)}, ranks={module: 20}, target_parameters=["experts.down_proj"]
+    )
+    load_adapter(path, model)
+    weights = path / "adapter_model.safetensors"
+    tensors = change(load_file(weights))
+    if tensors[f"{PEFT}{module}.lora_A.weight"].shape[0] == 19:
+        tensors[f"{PEFT}{module}.lora_B.weight"] = tensors[f"{PEFT}{module}.lora_B.weight"][:, :-1].contiguous()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, weights)
+    with pytest.raises(AdapterError, match=says):
+        load_adapter(path, model)
+
+
+def test_settings_nobody_knows_are_named_once(root, tmp_path, caplog) -> None:
+    model = open_model(write(by_name("llama"), root), "reference")
+    path = write_adapter(tmp_path / "a", {Q0: (64, 64)}, use_wonder=True, other=None, target_modules=["q_proj"])
+    load_adapter(path, model)
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["use_wonder"]

@@ -1,6 +1,7 @@
 """What a load takes from the memory that is free, and what `exl info` says of it beforehand."""
 
 import json
+from importlib import import_module
 
 import pytest
 
@@ -57,6 +58,19 @@ def test_little_memory_is_a_short_context_and_none_an_error(demo, monkeypatch) -
     pretend(monkeypatch, MIB)
     with pytest.raises(OutOfMemory, match="too little"):
         exl.load(demo, threads=1)
+
+
+@pytest.mark.parametrize(("free", "context"), [(MIB, "auto"), (MIB, 300), (10 * MIB, 1024)])
+def test_what_cannot_fit_is_said_before_anything_is_read(demo, monkeypatch, free: int, context: int | str) -> None:
+    pretend(monkeypatch, free)
+    module = import_module("exl_runtime.runtime.load")
+    monkeypatch.setattr(module, "load_transformer", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(
+        OutOfMemory, match=r"GiB are free on cpu, too little for weights of 0.00 GiB and 0\.\d\d GiB of"
+    ):
+        exl.load(demo, threads=1, context=context, cache="fp32")
+    said = summary.summarize(demo, None if context == "auto" else context, cache="fp32")
+    assert not said.load_cache_bytes, "exl info says the same"
 
 
 def test_info_tells_both_sizes(capsys) -> None:

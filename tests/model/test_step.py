@@ -12,18 +12,12 @@ import torch
 from conftest import unavailable
 from driving import batch_of, new_cache, open_model
 from quantize import quantize_folder
+from stepping import IDS, assert_same
 from tiny import FAMILIES, by_name, write
-from torch import Tensor
 
-from exl_runtime.cache.storage import KVStorage
-from exl_runtime.cache.types import FP32, CacheType, cache_type
+from exl_runtime.cache.types import cache_type
 from exl_runtime.errors import NonFiniteError
-from exl_runtime.model.batch import ForwardBatch
-from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import native
-
-IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(300)]
-WITH_EXPERTS = ("mixtral", "qwen3_moe")  # these run operator by operator
 
 
 @pytest.fixture(scope="session")
@@ -37,62 +31,13 @@ def _kernels() -> None:
         pytest.skip(why)
 
 
-def passes(model: Transformer, type: CacheType) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Logits and cache after each of a few passes: a prompt of several pages, then single tokens, guesses and prompts
-    of several sequences in one ragged batch, one of them without new tokens."""
-    kv = new_cache(model, type=type)
-    rope = model.spec.rope_length(300)
-    batches = [
-        batch_of([(IDS[:270], 0, [3, 1])], rope_length=rope, all_logits=False),
-        batch_of([(IDS[270:271], 270, [3, 1])], rope_length=rope),
-        batch_of([(IDS[271:276], 271, [3, 1]), (IDS[:1], 0, [5]), (IDS[40:59], 0, [4])], rope_length=rope),
-        batch_of([(IDS[276:277], 276, [3, 1]), (IDS[1:2], 1, [5]), (IDS[59:60], 19, [4])], rope_length=rope),
-        some_rows(batch_of([(IDS[277:290], 277, [3, 1]), ([], 2, [5])], rope_length=rope), [0, 7, 12]),
-    ]
-    return [(model.forward(batch, kv), *written(kv)) for batch in batches]
-
-
-def written(kv: KVStorage) -> tuple[Tensor, Tensor]:
-    return kv.keys.clone(), kv.values.clone()
-
-
-def some_rows(batch: ForwardBatch, rows: list[int]) -> ForwardBatch:
-    return replace(batch, logit_rows=torch.tensor(rows))
-
-
-def by_operators(model: Transformer, monkeypatch: pytest.MonkeyPatch, type: CacheType):
-    """The same without the native pass."""
-    with monkeypatch.context() as patch:
-        patch.setattr("exl_runtime.model.transformer.native_step", lambda *parts, **options: None)
-        model.forget_step()
-        assert model.step is None
-        found = passes(model, type)
-    model.forget_step()
-    return found
-
-
-def assert_same(model: Transformer, monkeypatch: pytest.MonkeyPatch, type: CacheType = FP32) -> None:
-    assert model.step is not None
-    pairs = zip(passes(model, type), by_operators(model, monkeypatch, type), strict=True)
-    for number, (ours, wanted) in enumerate(pairs):
-        for what, one, other in zip(("logits", "keys", "values"), ours, wanted, strict=True):
-            assert torch.equal(one, other), f"{what} of pass {number}"
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name not in WITH_EXPERTS], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_has_the_bits_of_its_operators(family, root, monkeypatch) -> None:
     assert_same(open_model(write(family, root), "cpu"), monkeypatch)
 
 
-@pytest.mark.parametrize("name", WITH_EXPERTS)
-def test_experts_run_operator_by_operator(name, root) -> None:
-    model = open_model(write(by_name(name), root), "cpu")
-    assert model.step is None
-    assert model.forward(batch_of([(IDS[:3], 0, [0])]), new_cache(model)).shape == (3, model.spec.vocab_size)
-
-
 @pytest.mark.parametrize("name", ["fp16", "bf16", "q8", "q4", "k6v3"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_every_cache(family, name, root, monkeypatch) -> None:
     assert_same(open_model(write(by_name(family), root), "cpu"), monkeypatch, cache_type(name))
 
@@ -104,6 +49,10 @@ def test_every_cache(family, name, root, monkeypatch) -> None:
         ("llama", "exl2", {}),
         ("qwen2", "exl2", {}),
         ("gemma3", "exl2", {}),
+        ("mixtral", "exl2", {}),
+        ("qwen3_moe", "exl2", {}),
+        ("mixtral", "gptq", {"bits": 4, "group_size": 32, "act_order": False, "symmetric": True, "version": 1}),
+        ("qwen3_moe", "gptq", {"bits": 8, "group_size": 32, "act_order": True, "symmetric": False, "version": 1}),
         ("phi3", "gptq", {"bits": 4, "group_size": 32, "act_order": True, "symmetric": True, "version": 1}),
         ("llama_bias", "gptq", {"bits": 3, "group_size": 64, "act_order": False, "symmetric": False, "version": 2}),
     ],
@@ -192,4 +141,4 @@ def test_a_pass_wakes_no_threads_of_torch(demo: Path, repo: Path) -> None:
         cwd=repo,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    assert set(ast.literal_eval(found.stdout)) <= {"exl-worker"}
+    assert set(ast.literal_eval(found.stdout)) <= {"exl-worker", "exl-ahead"}

@@ -134,6 +134,16 @@ void check_case(const check::Ways& ways, const std::string& name, const Case& c,
       b.keys = {keys.data(), heads * key_row, c.key_bits}, b.values = {values.data(), heads * value_row, c.value_bits};
       b.page_dtype = c.dtype;
       b.logit_rows = in.logit_rows.data(), b.logits = in.logit_rows.size();
+      std::vector<Buffer<float>> weights;  // of every row, for each adapter
+      std::vector<StepShare> shares;
+      for (size_t a = 0; a < c.shares.size(); ++a) {
+        weights.emplace_back(b.rows);
+        for (int64_t r = 0; r < b.rows; ++r) {
+          weights.back()[r] = float(c.shares[a][size_t(in.pass.sequence[size_t(r)])]);
+        }
+        shares.push_back({&model.adapters[a], weights.back().data()});
+      }
+      b.shares = shares.data(), b.share_count = int64_t(shares.size());
       Buffer<float> x(b.rows * c.hidden), logits(b.logits * width);
       StepTimes times{};
       if (team == 1) {
@@ -186,6 +196,12 @@ int main(int argc, char** argv) {
   check_case(ways, "dense, large", large, random);
   large.packed = true, large.bias = true;
   check_case(ways, "packed, large", large, random);
+  large.bias = false, large.experts = 6, large.visits = 3, large.inner = 64;
+  check_case(ways, "packed experts, large", large, random);
+  large.packed = false;
+  check_case(ways, "dense experts, large", large, random);
+  large.experts = large.visits = 0, large.shares = {{1, 0, 0.5}, {0.25, -1, 0}};
+  check_case(ways, "adapters, large", large, random);
   check_finite(ways, 300000, random);
   if (ways.threads_only) return 0;
 
@@ -205,6 +221,26 @@ int main(int argc, char** argv) {
         c.key_bits = 8, c.value_bits = packed ? 6 : 8;
         check_case(ways, kind + ", quantized pages", c, random);
       }
+    }
+  }
+  for (const bool packed : {false, true}) {
+    for (const int64_t visits : {1, 2, 5}) {
+      Case c = small;
+      c.packed = packed, c.post_norms = visits != 2;
+      c.experts = 5, c.visits = visits, c.inner = 32, c.windows.push_back(7);
+      const std::string kind = packed ? "packed experts, " : "dense experts, ";
+      check_case(ways, kind + std::to_string(visits) + " of 5", c, random);
+    }
+  }
+  for (const bool packed : {false, true}) {
+    for (const Dtype dtype : check::kDtypes) {
+      Case c = small;
+      c.packed = packed, c.dtype = dtype, c.bias = packed;
+      c.shares = {{0.5, 0, 1, -1}, {0, 0, 0, 0.25}, {1, 1, 1, 1}};
+      check_case(ways, std::string(packed ? "packed" : "dense") + ", adapters", c, random);
+      if (packed) continue;
+      c.bias = false, c.experts = 4, c.visits = 2;
+      check_case(ways, "adapters beside experts", c, random);
     }
   }
   for (const int64_t page_size : {1, 16}) {

@@ -1,140 +1,9 @@
-// A small model at random, and its passes (cpu/step.h) as plain loops in double.
+// The passes of a small model (cpu/step.h) as plain loops in double.
 #pragma once
 
-#include <limits>
-
-#include "check.h"
-#include "cpu/step.h"
-#include "packed_matrix.h"
+#include "step_model.h"
 
 namespace check {
-
-using Doubles = std::vector<double>;
-constexpr int64_t kPositions = 64;
-
-struct Weight {
-  StepMatrix step{};
-  Matrix packed;
-  Buffer<uint8_t> dense{0};
-  Buffer<float> bias{0};
-  Doubles value;     // (inputs, outputs)
-  double error = 0;  // of a product, relative to the sum of its terms' sizes
-
-  double at(int64_t k, int64_t n) const { return value[size_t(k * step.outputs + n)]; }
-};
-
-// What a case consists of. Sequence s sends steps[i][s] tokens in pass i.
-struct Case {
-  bool packed = false;
-  Dtype dtype = Dtype::float32;  // of dense matrices, the embeddings and pages of elements
-  int key_bits = 0, value_bits = 0;
-  int64_t hidden = 64, heads = 4, kv_heads = 2, head_dim = 16, inner = 96, vocabulary = 50, page_size = 4;
-  std::vector<int64_t> windows{std::numeric_limits<int64_t>::max(), 5};  // of each layer
-  bool head_norms = true, post_norms = true, bias = false;
-  Activation activation = Activation::silu;
-  std::vector<std::vector<int64_t>> steps;
-};
-
-class Model {
- public:
-  Model(const Case& c, Random& random)
-      : c_(c), random_(random), table_(c.vocabulary * c.hidden * element_bytes(c.dtype)) {
-    for (int64_t i = 0; i < c.vocabulary * c.hidden; ++i) {
-      put_element(table_.data(), c.dtype, i, random.normal());
-    }
-    step.table = table_.data(), step.table_dtype = c.dtype, step.embedding_scale = 1.5f;
-    step.vocabulary = c.vocabulary, step.hidden = c.hidden;
-    step.heads = c.heads, step.kv_heads = c.kv_heads, step.head_dim = c.head_dim;
-    step.eps = 1e-5f, step.norm_offset = c.post_norms ? 1.0f : 0.0f;
-    step.attention_scale = 1.0f / std::sqrt(float(c.head_dim)), step.attention_softcap = c.post_norms ? 20.0f : 0.0f;
-    step.final_norm = norm(c.hidden);
-    const int64_t wide = c.heads * c.head_dim, narrow = c.kv_heads * c.head_dim;
-    for (size_t i = 0; i < c.windows.size(); ++i) {
-      StepLayer l{};
-      l.input_norm = norm(c.hidden), l.pre_mlp_norm = norm(c.hidden);
-      if (c.post_norms) l.post_attention_norm = norm(c.hidden), l.post_mlp_norm = norm(c.hidden);
-      if (c.head_norms) l.query_norm = norm(c.head_dim), l.key_norm = norm(c.head_dim);
-      l.query = matrix(c.hidden, wide), l.key = matrix(c.hidden, narrow), l.value = matrix(c.hidden, narrow);
-      l.out = matrix(wide, c.hidden);
-      l.gate = matrix(c.hidden, c.inner), l.up = matrix(c.hidden, c.inner), l.down = matrix(c.inner, c.hidden);
-      l.activation = c.activation, l.window = c.windows[i], l.rope = int64_t(i % 2);
-      step.layers.push_back(l);
-    }
-    step.head = matrix(c.hidden, c.vocabulary), step.logit_scale = 0.5f;
-  }
-
-  StepModel step;
-  const Weight& weight(int64_t layer, int64_t which) const { return weights_[size_t(7 * layer + which)]; }
-  const Weight& head() const { return weights_.back(); }
-  double embedding(int64_t token, int64_t i) const {
-    return element(table_.data(), c_.dtype, token * c_.hidden + i) * double(step.embedding_scale);
-  }
-
- private:
-  const float* norm(int64_t count) {
-    norms_.emplace_back(count);
-    for (float& w : norms_.back()) w = 0.3f * random_.normal() + (c_.post_norms ? 0.0f : 1.0f);
-    return norms_.back().data();
-  }
-
-  StepMatrix matrix(int64_t inputs, int64_t outputs) {
-    weights_.emplace_back();
-    Weight& w = weights_.back();
-    w.step.inputs = inputs, w.step.outputs = outputs;
-    w.value.assign(size_t(inputs * outputs), 0);
-    if (c_.packed) {
-      w.packed = exl2({{5, 32}, {4, inputs - 32}}, outputs, true, false, random_);
-      w.step.packed = w.packed.view();
-      w.step.residual_rows = weights_.size() % 3 == 0 ? 0 : int64_t(1) << 62;  // neighbours that cannot share a call
-      for (int64_t p = 0; p < w.packed.positions; ++p) {
-        for (int64_t n = 0; n < outputs; ++n) {
-          w.value[size_t(w.packed.input[size_t(p)] * outputs + n)] = w.packed.weight(p, n);
-        }
-      }
-    } else {
-      w.dense = Buffer<uint8_t>(inputs * outputs * element_bytes(c_.dtype));
-      for (int64_t i = 0; i < inputs * outputs; ++i) {
-        put_element(w.dense.data(), c_.dtype, i, random_.normal() / std::sqrt(float(inputs)));
-        w.value[size_t(i % inputs * outputs + i / inputs)] = element(w.dense.data(), c_.dtype, i);
-      }
-      w.step.dense = {w.dense.data(), c_.dtype, inputs, outputs};
-    }
-    w.error = (double(inputs) / 8 + 14) * 0x1p-24;
-    if (c_.bias) {
-      w.bias = Buffer<float>(outputs);
-      fill_normal(w.bias, random_, 0.5f);
-      w.step.bias = w.bias.data();
-    }
-    return w.step;
-  }
-
-  const Case& c_;
-  Random& random_;
-  Buffer<uint8_t> table_;
-  std::vector<Buffer<float>> norms_;
-  std::vector<Weight> weights_;
-};
-
-// Angles of both ropes: the second turns half of a head. Row `place[p]` belongs to position p.
-struct Angles {
-  std::vector<int64_t> place;
-  std::vector<Buffer<float>> memory;
-  std::vector<StepRope> ropes;
-
-  Angles(int64_t head_dim, Random& random) {
-    for (int64_t p = 0; p < kPositions; ++p) place.push_back(p);
-    random.shuffle(place);
-    for (const int64_t half : {head_dim / 2, head_dim / 4}) {
-      Buffer<float> cos(kPositions * half), sin(kPositions * half);
-      for (int64_t i = 0; i < kPositions * half; ++i) {
-        const double angle = 6.3 * random.uniform();
-        cos[i] = float(std::cos(angle)), sin[i] = float(std::sin(angle));
-      }
-      ropes.push_back({cos.data(), sin.data(), half});
-      memory.push_back(static_cast<Buffer<float>&&>(cos)), memory.push_back(static_cast<Buffer<float>&&>(sin));
-    }
-  }
-};
 
 // One pass: what step_cpu is given, and what the loops need to know.
 struct Pass {
@@ -150,6 +19,7 @@ class Loops {
         keys_(c.windows.size(), std::vector<Doubles>(c.steps[0].size())), values_(keys_) {}
 
   Doubles logits(const Pass& pass) {
+    pass_ = &pass;
     const int64_t rows = int64_t(pass.position.size());
     Doubles x;
     for (int64_t t = 0; t < rows; ++t) {
@@ -181,15 +51,51 @@ class Loops {
     if (c_.post_norms) a = norm(a, l.post_attention_norm, c_.hidden);
     for (size_t i = 0; i < x.size(); ++i) x[i] += a[i];
     h = norm(x, l.pre_mlp_norm, c_.hidden);
-    Doubles gate = multiply(m_.weight(index, 4), h, rows);
-    const Doubles up = multiply(m_.weight(index, 5), h, rows);
-    for (size_t i = 0; i < gate.size(); ++i) {
-      gate[i] = activated(gate[i], l.activation) * up[i];
-      gate[i] += shift(6e-7 * std::fabs(gate[i]) + 1e-7 * std::fabs(up[i]));
-    }
-    Doubles m = multiply(m_.weight(index, 6), gate, rows);
+    Doubles m = l.moe.visits > 0 ? mixture(index, h, rows) : gated_mlp(index, 4, h, rows);
     if (c_.post_norms) m = norm(m, l.post_mlp_norm, c_.hidden);
     for (size_t i = 0; i < x.size(); ++i) x[i] += m[i];
+  }
+
+  // The three matrices from number `which` on.
+  Doubles gated_mlp(int64_t index, int64_t which, const Doubles& h, int64_t rows) {
+    Doubles gate = multiply(m_.weight(index, which), h, rows);
+    const Doubles up = multiply(m_.weight(index, which + 1), h, rows);
+    for (size_t i = 0; i < gate.size(); ++i) {
+      gate[i] = activated(gate[i], m_.step.layers[size_t(index)].activation) * up[i];
+      gate[i] += shift(6e-7 * std::fabs(gate[i]) + 1e-7 * std::fabs(up[i]));
+    }
+    return multiply(m_.weight(index, which + 2), gate, rows);
+  }
+
+  Doubles mixture(int64_t index, const Doubles& h, int64_t rows) {
+    const StepMoe& moe = m_.step.layers[size_t(index)].moe;
+    const Doubles logits = multiply(m_.weight(index, 4), h, rows);
+    Doubles out;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double* own = logits.data() + r * c_.experts;
+      std::vector<bool> kept(size_t(c_.experts), false);
+      double total = 0;
+      for (int64_t v = 0; v < c_.visits; ++v) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < c_.experts; ++e) {
+          if (!kept[size_t(e)] && (best < 0 || own[e] > own[best])) best = e;
+        }
+        kept[size_t(best)] = true;
+      }
+      for (int64_t e = 0; e < c_.experts; ++e) total += kept[size_t(e)] || !moe.normalize ? std::exp(own[e]) : 0.0;
+      const Doubles row(h.data() + r * c_.hidden, h.data() + (r + 1) * c_.hidden);
+      Doubles sum(size_t(c_.hidden), 0.0);
+      for (int64_t e = 0; e < c_.experts; ++e) {
+        if (!kept[size_t(e)]) continue;
+        const Doubles said = gated_mlp(index, 5 + 3 * e, row, 1);
+        const double weight = std::exp(own[e]) / total;
+        for (int64_t i = 0; i < c_.hidden; ++i) {
+          sum[size_t(i)] += (weight + shift(0x1p-22 * weight)) * said[size_t(i)];
+        }
+      }
+      out.insert(out.end(), sum.begin(), sum.end());
+    }
+    return out;
   }
 
   Doubles norm(const Doubles& x, const float* weight, int64_t cols) {
@@ -225,8 +131,32 @@ class Loops {
       for (int64_t n = 0; n < outputs; ++n) {
         y.push_back(sum[size_t(n)] + off[size_t(n)] + shift(w.error * size[size_t(n)]) + (c_.bias ? w.bias[n] : 0.0f));
       }
+      if (w.step.place >= 0) add_adapters(w.step, row, r, y.data() + r * outputs);
     }
     return y;
+  }
+
+  void add_adapters(const StepMatrix& w, const double* x, int64_t r, double* y) {
+    const int64_t token = w.place == m_.step.head.place ? pass_->logit_rows[size_t(r)] : r;
+    for (size_t a = 0; a < m_.adapters.size(); ++a) {
+      const double weight = c_.shares[a][size_t(pass_->sequence[size_t(token)])];
+      for (const StepChange& c : m_.adapters[a].changes[size_t(w.place)]) {
+        Doubles narrow;
+        double size = 0;
+        for (int64_t i = 0; i < c.down.outputs; ++i) {
+          double sum = 0;
+          for (int64_t k = 0; k < w.inputs; ++k) sum += x[k] * element(c.down.weight, c.down.dtype, i * w.inputs + k);
+          narrow.push_back(sum * weight * double(c.scale));
+          size += std::fabs(narrow.back());
+        }
+        const int64_t rank = c.down.outputs;
+        for (int64_t n = 0; n < w.outputs; ++n) {
+          double sum = 0;
+          for (int64_t i = 0; i < rank; ++i) sum += narrow[size_t(i)] * element(c.up.weight, c.up.dtype, n * rank + i);
+          y[n] += sum + shift((double(w.inputs) / 8 + 28) * 0x1p-24 * size);
+        }
+      }
+    }
   }
 
   void rotate(Doubles& x, int64_t heads, const Pass& pass, int64_t which) const {
@@ -291,6 +221,7 @@ class Loops {
   const Case& c_;
   const Model& m_;
   const Angles& angles_;
+  const Pass* pass_ = nullptr;
   bool moved_;
   Random random_;
   std::vector<std::vector<Doubles>> keys_, values_;  // [layer][sequence]: (tokens, kv_heads * head_dim)

@@ -34,6 +34,7 @@ def build(w: QuantFormat) -> DenseCpu:
 
 
 MATRICES = {
+    "float16, short": lambda: dense(17, 70, torch.float16),
     "float32, one column": lambda: dense(32, 1, torch.float32),
     "float32": lambda: dense(640, 96, torch.float32),
     "float16, odd": lambda: dense(1037, 7, torch.float16),
@@ -56,6 +57,19 @@ def test_as_good_as_float32_and_independent_of_the_batch(matrix: QuantFormat, is
         assert same_bits(kernel(x[:rows]), whole[:rows]), f"{rows} rows"
     assert same_bits(kernel(x[41:42]), whole[41:42])
     assert same_bits(kernel(x[50:53]), whole[50:53])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [1, 5, 8, 15, 16, 17, 32, 47, 63, 64, 65])
+@pytest.mark.parametrize("outputs", [16, 33, 127])
+def test_short_rows_of_weights(inputs: int, outputs: int, dtype: torch.dtype, isa: str) -> None:
+    """A kernel of its own for up to 64 inputs and 3 rows; more rows have the sums of all others."""
+    w = dense(inputs, outputs, dtype)
+    kernel, weight, x = build(w), w.dequantize(), random(11, inputs)
+    whole = kernel(x)
+    assert_as_good_as(whole, x @ weight, x.double() @ weight.double())
+    for rows in (1, 2, 3, 4):
+        assert same_bits(kernel(x[:rows]), whole[:rows]), f"{rows} rows"
 
 
 def test_avx2_equals_avx512(matrix: QuantFormat, restore: None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from adapters import shapes_of, write_adapter
 
 import exl_runtime as exl
-from exl_runtime.model.lora import Adapted
+from exl_runtime.model.adapted import Adapted
 
 PROMPT = "Once upon a time there was a little fox who lived in the north with a hen, a dog and an old map. " * 3
 GREEDY = exl.SamplingParams(temperature=0, ignore_eos=True)

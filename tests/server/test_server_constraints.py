@@ -49,6 +49,21 @@ def test_json_schema(create) -> None:
     assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == person
 
 
+def test_a_pydantic_model_as_the_client_parses_it() -> None:
+    pydantic = pytest.importorskip("pydantic")
+
+    class Person(pydantic.BaseModel):
+        name: str = pydantic.Field(max_length=8)
+        age: int = pydantic.Field(ge=0, le=99)
+
+    with exl.load("demo", context=512) as runtime, served(runtime) as serving:
+        client = openai.OpenAI(base_url=f"{serving.root}/v1", api_key="any", max_retries=0, timeout=60)
+        made = client.chat.completions.parse(**ASK, response_format=Person).choices[0].message.parsed
+        assert isinstance(made, Person) and len(made.name) <= 8
+        with client.chat.completions.stream(**ASK, response_format=Person) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == made
+
+
 def test_json_object_begins_as_one(create) -> None:
     text = create(response_format={"type": "json_object"}, max_tokens=20).choices[0].message.content
     assert text.lstrip().startswith("{")

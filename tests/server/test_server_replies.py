@@ -88,6 +88,30 @@ def test_only_a_call(answered) -> None:
     assert whole[2:] == ([("weather", {"city": "Oslo"})], "tool_calls")
 
 
+def test_the_streaming_helper_of_the_client(real) -> None:
+    """It puts deltas together in its own, stricter way, and tells of calls as they are complete."""
+    reply = f"<think>Hm.</think>I look.\n{CALL}\n{CALL.replace('Oslo', 'Rome')}"
+    runtime = Scripted(real, reply, template=ChatTemplate.from_text(WITH_TOOLS, real.tokenizer))
+    strict = json.loads(json.dumps(TOOL))
+    strict["function"]["strict"] = True
+    strict["function"]["parameters"]["additionalProperties"] = False
+    with served(runtime) as serving:
+        client = openai.OpenAI(base_url=f"{serving.root}/v1", api_key="any", max_retries=0)
+        with client.chat.completions.stream(model="demo", messages=QUESTION, tools=[strict]) as stream:
+            events = list(stream)
+        final = stream.get_final_completion()
+    calls = final.choices[0].message.tool_calls
+    assert [call.function.parsed_arguments for call in calls] == [{"city": "Oslo"}, {"city": "Rome"}]
+    assert len({call.id for call in calls}) == 2 and final.choices[0].finish_reason == "tool_calls"
+    assert final.choices[0].message.content == "I look."
+    done = [event for event in events if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.name, json.loads(event.arguments)["city"]) for event in done] == [
+        ("weather", "Oslo"),
+        ("weather", "Rome"),
+    ]
+    assert [event.content for event in events if event.type == "content.done"] == ["I look."]
+
+
 def test_without_tools_nothing_is_looked_for(answered) -> None:
     assert answered(CALL)()[0] == (CALL, None, [], "stop")
     whole, runtime = answered(CALL)(tools=[TOOL], tool_choice="none")

@@ -12,7 +12,7 @@ from .. import store
 from ..converse import show_reply
 from ..screen import Screen
 from ..session import ChatSession
-from ..thinking import Mode
+from ..tree import Node
 
 if TYPE_CHECKING:
     from ...runtime import Runtime
@@ -28,7 +28,6 @@ class Conversation:
     draft, draft_takes goes on the next input line, and what becomes of the line that comes back
     attached           files that go along with the next message: (name, text)
     wants_editor       the text to open the user's editor with, outside of the reply's terminal mode
-    thinking           what becomes of the model's thoughts on the screen
     open_model         opens a model by its name or folder, for /model; None: there is no other
     """
 
@@ -46,13 +45,11 @@ class Conversation:
     open_model: "Callable[[str], Runtime] | None" = None
     done: bool = False
     last: Result | None = None
-    thinking: Mode = "fold"
     interrupted: bool = False  # the last reply was stopped with Ctrl-C
 
-    def reply(self, events: Iterator[Event], *, goes_on: bool = False) -> bool:
-        """Show a reply with its status line; whether there was one. goes_on: it begins in the middle of one."""
-        thinking = "show" if goes_on else self.thinking
-        result, self.interrupted = show_reply(self.session, events, self.screen, thinking)
+    def reply(self, events: Iterator[Event], *, begun: Node | None = None) -> bool:
+        """Show a reply with its status line; whether there was one. begun: the reply that goes on."""
+        result, self.interrupted = show_reply(self.session, events, self.screen, begun)
         self.last = result or self.last
         return result is not None
 

@@ -36,7 +36,7 @@ def _branches(chat: Conversation, rest: str) -> None:
         what = count + (f", its own from number {shared}" if branch.first != START else "")
         if branch.first != START and path[own].turn.role == "assistant":
             what = f"{count}, another reply to number {shared - 1}"
-        rows.append((f"{branch.number}{here}", branch.name, what, status.excerpt(path[-1].turn.content, 40)))
+        rows.append((f"{branch.number}{here}", branch.name, what, status.excerpt(chat.session.said(path[-1].turn), 40)))
     chat.screen.table(rows)
     if tree.current == START:
         chat.screen.notice("you are before the first message")
@@ -61,7 +61,7 @@ def _goto(chat: Conversation, rest: str) -> None:
 def show_end(chat: Conversation) -> None:
     """The last two messages, so that one knows where one is."""
     for turn in chat.session.turns[-2:]:
-        chat.screen.notice(f"{turn.role}: {status.excerpt(turn.content, 100)}")
+        chat.screen.notice(f"{turn.role}: {status.excerpt(chat.session.said(turn), 100)}")
 
 
 COMMANDS = (

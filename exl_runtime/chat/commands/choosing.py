@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ...errors import UsageError
 from .. import presets, probabilities, status
+from ..continuing import reply_ids
 from ..settings import ReplySettings, change, full_name, get_setting, setting_names, shown
 from .base import Command, Conversation
 
@@ -37,6 +38,17 @@ def _set(chat: Conversation, rest: str) -> None:
         _known(chat, get_setting(changed, name))
     chat.session.settings = changed
     chat.screen.notice(f"{name} = {shown(get_setting(chat.session.settings, name))}")
+    if name in ("guidance", "negative") and (note := _leading(changed)):
+        chat.screen.notice(note)
+
+
+def _leading(settings: ReplySettings) -> str:
+    """What guidance and negative do together, where that may not be what was meant."""
+    if settings.guidance == 1 and settings.negative:
+        return "it takes effect with a guidance above 1: /set guidance 1.5"
+    if settings.guidance != 1 and not settings.negative:
+        return "away from what would be said without the system prompt (/set negative TEXT: under another one)"
+    return ""
 
 
 def _name_and_value(text: str) -> tuple[str, str]:
@@ -182,7 +194,7 @@ def _measured(chat: Conversation, top: int) -> list:
     if not session.turns or session.turns[-1].role != "assistant":
         raise UsageError("there is no reply to look at", hint="say something first")
     prompt = session.runtime.render(messages[:-1]).ids
-    reply = session.runtime.tokenizer.encode(messages[-1]["content"], parse_special=False)
+    reply = reply_ids(session.tree.path()[-1], session.voice, session.runtime.tokenizer)
     tokens = probabilities.reply_logprobs(session.runtime, prompt, reply, top + 1)
     if not tokens:
         raise UsageError("the last reply is empty")

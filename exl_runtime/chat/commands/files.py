@@ -118,6 +118,7 @@ def _export(chat: Conversation, rest: str) -> None:
         system=session.system,
         model=session.runtime.info.name,
         settings=session.settings.to_json(),
+        parts=session.voice.parts,
     )
     history.write_private(path, text.encode("utf-8", "replace"))
     chat.screen.notice(f"wrote {status.messages(len(session.turns))} to {path}")
@@ -130,7 +131,7 @@ def _new_name(kind: str) -> Path:
 
 
 def _copy(chat: Conversation, rest: str) -> None:
-    replies = [turn.content for turn in chat.session.turns if turn.role == "assistant"]
+    replies = [chat.session.said(turn) for turn in chat.session.turns if turn.role == "assistant"]
     if not replies:
         raise UsageError("there is no reply to copy")
     text, what = replies[-1], "the reply"

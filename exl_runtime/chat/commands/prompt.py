@@ -34,7 +34,7 @@ def _template(chat: Conversation, rest: str) -> None:
 
 def _tokens(chat: Conversation, rest: str) -> None:
     tokenizer = chat.session.runtime.tokenizer
-    text = rest or (chat.session.turns[-1].content if chat.session.turns else "")
+    text = rest or (chat.session.said(chat.session.turns[-1]) if chat.session.turns else "")
     if not text:
         raise UsageError("which text?", hint="/tokens TEXT, or say something first")
     ids = tokenizer.encode(text, parse_special=False)

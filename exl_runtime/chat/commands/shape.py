@@ -9,7 +9,7 @@ from pathlib import Path
 from ...errors import UsageError
 from ...generation.grammar import Grammar
 from .. import status
-from ..thinking import MODES
+from ..settings import THOUGHTS
 from .base import Command, Conversation
 from .prompt import text_of
 
@@ -46,12 +46,20 @@ def _grammar(chat: Conversation, rest: str) -> None:
 
 
 def _think(chat: Conversation, rest: str) -> None:
+    settings = chat.session.settings
     if rest:
-        mode = next((known for known in MODES if known == rest.lower()), None)
+        mode = next((known for known in THOUGHTS if known == rest.lower()), None)
         if mode is None:
-            raise UsageError(f"{rest!r:.60} is no way to show thoughts", hint=f"use one of {', '.join(MODES)}")
-        chat.thinking = mode
-    said = {"show": "are shown", "fold": "are folded into one line", "hide": "are not shown"}[chat.thinking]
+            raise UsageError(f"{rest!r:.60} is no way to show thoughts", hint=f"use one of {', '.join(THOUGHTS)}")
+        chat.session.settings = settings = replace(settings, thoughts=mode)
+    else:
+        replies = [turn for turn in chat.session.turns if turn.role == "assistant"]
+        thoughts = chat.session.voice.parts(replies[-1])[0] if replies else ""
+        if thoughts:
+            chat.screen.verbatim(thoughts)
+            return
+        chat.screen.notice("no thoughts came before the last reply" if replies else "there is no reply yet")
+    said = {"show": "are shown", "fold": "are folded into one line", "hide": "are not shown"}[settings.thoughts]
     chat.screen.notice(f"what the model thinks before its answer: thoughts {said}")
 
 
@@ -76,7 +84,13 @@ def _show(chat: Conversation) -> None:
 
 
 COMMANDS = (
-    Command("think", "/think [show | fold | hide]", "what becomes of a model's thoughts on the screen", GROUP, _think),
+    Command(
+        "think",
+        "/think [show | fold | hide]",
+        "the thoughts before the last reply; or what becomes of them on the screen",
+        GROUP,
+        _think,
+    ),
     Command(
         "json", "/json [FILE | {SCHEMA} | any | none]", "replies are JSON, valid under a JSON schema", GROUP, _json
     ),

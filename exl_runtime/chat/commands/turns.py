@@ -29,7 +29,8 @@ def _say_variant(chat: Conversation) -> None:
 
 
 def _continue(chat: Conversation, rest: str) -> None:
-    chat.reply(chat.session.stream_extend(), goes_on=True)
+    events = chat.session.stream_extend()  # refuses where there is nothing to go on with
+    chat.reply(events, begun=chat.session.tree.path()[-1])
 
 
 def _undo(chat: Conversation, rest: str) -> None:
@@ -107,7 +108,7 @@ def _turns(chat: Conversation, rest: str) -> None:
         among = tree.siblings(node.id)
         notes = [f"{among.index(node.id) + 1} of {len(among)}"] if len(among) > 1 else []
         notes += ["no longer seen by the model"] if place < left else []
-        rows.append((label, node.turn.role, ", ".join(notes), status.excerpt(node.turn.content, 60)))
+        rows.append((label, node.turn.role, ", ".join(notes), status.excerpt(chat.session.said(node.turn), 60)))
     if not rows:
         raise UsageError("nothing was said yet")
     chat.screen.table(rows)

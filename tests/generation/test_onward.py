@@ -1,0 +1,312 @@
+"""Passes that run one ahead on the CPU: nobody can tell, but by the clock."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import unavailable
+from driving import batch_of, new_cache, open_model
+from tiny import by_name, write
+
+import exl_runtime as exl
+from exl_runtime.cache.geometry import PAGE_SIZE
+from exl_runtime.cache.storage import KVStorage
+from exl_runtime.generation.generator import Generator
+from exl_runtime.generation.request import Request
+from exl_runtime.model.batch import Plan
+from exl_runtime.model.step import Onward
+from exl_runtime.ops import native
+from exl_runtime.runtime import Runtime
+
+STORY = "Once upon a time"
+FOX = "The little fox and the little fox and the"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]  # answered within 40 tokens
+ENDLESS = {"temperature": 1.0, "min_p": 0.05, "seed": 4, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So that a CPU is left for the caller on any machine with two."""
+    if why := unavailable("cpu"):
+        pytest.skip(why)
+    before = native.ops().set_threads(0)
+    native.ops().set_threads(1)
+    yield
+    native.ops().set_threads(before)
+
+
+def counts(rt: Runtime) -> tuple[int, int]:
+    """Passes that ran ahead: wanted, halted."""
+    step = rt._engine().model.step
+    assert step is not None
+    return step.program.ahead
+
+
+def both_ways(use: Callable[[Runtime], object], **settings: object) -> tuple[int, int]:
+    """`use` gives the same with and without passes that run ahead; how many were wanted and halted."""
+    found = []
+    for ahead in (True, False):
+        with exl.load("demo", **{"context": 512, "speculate": "off", **settings}) as rt:
+            rt._engine().model.runs_ahead = ahead
+            found.append(use(rt))
+            if ahead:
+                many = counts(rt)
+            else:
+                assert counts(rt) == (0, 0)
+    assert found[0] == found[1]
+    return many
+
+
+def told(result: exl.Result) -> tuple[object, ...]:
+    return result.ids, result.text, result.stop_reason, result.reused_tokens, result.generated_tokens
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "ignore_eos": True},
+        {"temperature": 1.2, "min_p": 0.02, "seed": 5, "banned_tokens": (300, 12)},
+        {"temperature": 0.9, "seed": 6, "min_tokens": 20},
+        {"temperature": 0, "frequency_penalty": 0.3},  # looks at the logits: nothing runs ahead
+    ],
+    ids=str,
+)
+def test_replies_are_the_same(sampling) -> None:
+    params = exl.SamplingParams(**sampling)
+
+    def use(rt: Runtime) -> object:
+        alone = [rt.generate(prompt, max_tokens=40, sampling=params) for prompt in (STORY, QUESTION)]
+        together = rt.generate([STORY, FOX, "A"], max_tokens=33, sampling=params)
+        return [told(result) for result in [*alone, *together]]
+
+    wanted, halted = both_ways(use)
+    if "frequency_penalty" in sampling:
+        assert (wanted, halted) == (0, 0)
+    else:
+        assert wanted > 60 and halted <= 3  # a batch that one leaves by its end token has none under way
+
+
+def test_every_step_but_the_first_two_was_begun_before_it_was_asked_for() -> None:
+    def use(rt: Runtime) -> object:
+        return told(rt.generate(STORY, max_tokens=100, sampling=exl.SamplingParams(**ENDLESS)))
+
+    # The prompt, and the step behind it. Nothing is begun behind the last.
+    assert both_ways(use) == (98, 0)
+
+
+def test_replies_that_end_otherwise_waste_one_pass() -> None:
+    params = exl.SamplingParams(temperature=0)
+
+    def use(rt: Runtime) -> object:
+        found = [
+            told(rt.generate(STORY, max_tokens=60, sampling=params, stop=[stop])) for stop in (" girl", "One", "tree")
+        ]
+        return [*found, told(rt.generate(QUESTION, max_tokens=60, sampling=params))]
+
+    wanted, halted = both_ways(use)
+    assert wanted > 5 and halted == 3  # none for the end token
+
+
+def test_samples_guesses_and_what_comes_between(demo) -> None:
+    params = exl.SamplingParams(temperature=0.8, seed=3)
+
+    def use(rt: Runtime) -> object:
+        found: list[object] = [told(result) for result in rt.generate(STORY, n=4, max_tokens=30, sampling=params)]
+        found += [told(rt.generate(FOX, max_tokens=60, sampling=params, speculate="ngram"))]
+        for number, event in enumerate(rt.stream(STORY, max_tokens=40, sampling=params)):
+            found.append(getattr(event, "text", None))
+            if number == 5:  # while the pass behind this event is under way
+                found.append(told(rt.generate(QUESTION, max_tokens=10, sampling=params)))
+            if number == 9:
+                found.append(rt.logits([1, 5, 9, 4]).tolist())
+            if number == 12:
+                rt._engine().forget()
+        return found
+
+    wanted, halted = both_ways(use)
+    assert wanted > 60 and halted >= 3
+
+
+def test_a_context_that_rolls_and_one_that_ends() -> None:
+    params = exl.SamplingParams(**ENDLESS)
+
+    def use(rt: Runtime) -> object:
+        rolled = rt.generate(STORY, max_tokens=900, sampling=params, overflow="window")
+        ended = rt.generate(STORY, max_tokens=900, sampling=params, overflow="drop")
+        assert rolled.dropped_tokens > 0 and ended.stop_reason == "context"
+        return told(rolled), told(ended)
+
+    wanted, halted = both_ways(use, context=768)
+    assert wanted > 1600 and halted == 0
+
+
+def test_sequences_that_yield_their_pages() -> None:
+    preempted = []
+
+    def use(rt: Runtime) -> object:
+        engine = rt._engine()
+        kv = KVStorage(engine.kv.geometry, 4, engine.kv.device)
+        small = Generator(engine.model, kv, rt.tokenizer, context=4 * PAGE_SIZE)
+        params = exl.SamplingParams(**ENDLESS)
+        ask = [Request(prompt=(1, 5 + number), sampling=params, max_tokens=400, speculate="off") for number in range(3)]
+        results = small.run(ask)
+        preempted.append(small.stats.preemptions)
+        return [told(result) for result in results]
+
+    wanted, _ = both_ways(use)
+    assert min(preempted) > 0 and wanted > 200
+
+
+def test_a_request_that_is_given_up_keeps_nothing_running() -> None:
+    with exl.load("demo", context=512, speculate="off") as rt:
+        stream = rt.stream(STORY, max_tokens=200, sampling=exl.SamplingParams(**ENDLESS))
+        for number, _ in enumerate(stream):
+            if number == 20:
+                break
+        taken, halted = counts(rt)
+        stream.close()
+        assert counts(rt) == (taken, halted + 1)
+        wanted = told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0)))
+    with exl.load("demo", context=512, speculate="off") as rt:
+        assert told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0))) == wanted
+
+
+def test_many_threads_ask_at_once() -> None:
+    params = exl.SamplingParams(temperature=0)
+    prompts = [f"{word} {STORY}" for word in ("A", "So", "But", "Then")]
+    with exl.load("demo", context=512, speculate="off") as rt:
+        alone = [rt.generate(prompt, max_tokens=60, sampling=params).ids for prompt in prompts]
+    with exl.load("demo", context=512, speculate="off") as rt:
+        found: dict[int, list[int]] = {}
+
+        def ask(number: int) -> None:
+            for _ in range(3):
+                found[number] = rt.generate(prompts[number], max_tokens=60, sampling=params).ids
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [found[number] for number in range(len(prompts))] == alone
+
+
+# --- the native side alone --------------------------------------------------------------------------------------------
+
+
+def test_only_the_same_pass_is_taken(tmp_path) -> None:
+    """Any number that differs halts what runs ahead; its keys and values lie behind every length."""
+    model = open_model(write(by_name("llama"), tmp_path), "cpu")
+    prompts, pages = [[5, 9, 33, 7], [8, 4]], [[3, 1], [2, 5]]
+    greedy, hot = [0.0] * 6, [1.3, 0.0, 0.4, 1.3, 0.0, 0.9]
+    table = torch.tensor(pages, dtype=torch.int32)
+
+    def plan_of(tokens: list[list[int]], past: list[int]) -> Plan:
+        plan = Plan.of(batch_of([(t, p, g) for t, p, g in zip(tokens, past, pages, strict=True)], all_logits=False))
+        fields = {name: getattr(plan, name) for name in Plan.__slots__}
+        return Plan(**{**fields, "pages": table})
+
+    def follow(change: str) -> tuple[list[int], tuple[int, int], torch.Tensor]:
+        kv = new_cache(model)
+        first = model.draw_plan(plan_of(prompts, [0, 0]), kv, greedy, [0, 0])
+        ends = first[1:] if change == "ends" else (511,)
+        onward = Onward(hot, [0, 0], ends)
+        model.draw_plan(plan_of([[first[0]], [first[1]]], [4, 2]), kv, greedy, [0, 0], onward)
+        second = model.draw_plan(plan_of([[first[0]], [first[1]]], [4, 2]), kv, greedy, [0, 0], onward)
+        if change == "halt":
+            model.halt()
+        next_ = [[token] for token in second]
+        draws, banned, past = hot, [0, 0], [5, 3]
+        if change == "token":
+            next_[1][0] = (next_[1][0] + 1) % 300
+        elif change == "draw":
+            draws = [*hot[:5], 0.1]
+        elif change == "ban":
+            banned = [0, 1, 7]
+        elif change == "place":
+            past = [5, 2]
+        before = model.step.program.ahead
+        found = model.draw_plan(plan_of(next_, past), kv, draws, banned)
+        after = model.step.program.ahead
+        keys = torch.cat([kv.keys[:, 3, :6], kv.keys[:, 2, : past[1] + 1]], dim=1)
+        return found, (after[0] - before[0], after[1] - before[1]), keys
+
+    for change in ("", "token", "draw", "ban", "place", "halt"):
+        model.runs_ahead = True
+        found, (taken, halted), keys = follow(change)
+        model.runs_ahead = False
+        wanted, _, exact = follow(change)
+        assert found == wanted and torch.equal(keys, exact), change
+        assert (taken, halted) == ((1, 0) if change == "" else (0, 0) if change == "halt" else (0, 1)), change
+
+
+def test_what_makes_no_sense_ahead_is_refused(tmp_path) -> None:
+    model = open_model(write(by_name("llama"), tmp_path), "cpu")
+    plan, kv = Plan.of(batch_of([([5, 9], 0, [0])], all_logits=False)), new_cache(model)
+    model.draw_plan(plan, kv, [0.0, 0.0, 0.0], [0])  # the pages and the angles are known
+    for onward, why in (
+        (Onward([-1.0, 0.0, 0.0], [0], ()), "temperature > 0"),
+        (Onward([0.0, 0.0, 0.0], [2, 5], ()), "end within those of draw 0"),
+        (Onward([0.0, 0.0, 0.0, 1.0], [0], ()), "3 numbers for each of 1 draws"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            model.draw_plan(plan, kv, [0.0, 0.0, 0.0], [0], onward)
+
+
+def test_a_step_that_leaves_the_held_pages_or_the_angles_is_not_begun(tmp_path) -> None:
+    model = open_model(write(by_name("llama"), tmp_path), "cpu")
+    kv = new_cache(model)
+    onward = Onward([0.0, 0.0, 0.0], [0], ())
+    for length in (254, 255, 256):  # of a page of 256
+        plan = Plan.of(batch_of([([7], length - 1, [2])], all_logits=False))
+        for _ in range(2):
+            model.draw_plan(plan, kv, [0.0, 0.0, 0.0], [0], onward)
+        before = model.step.program.ahead[1]
+        model.halt()
+        assert model.step.program.ahead[1] - before == (length < 256)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+LEAVE = """
+import os, sys
+import exl_runtime as exl
+rt = exl.load("demo", context=512, speculate="off", threads=1)
+stream = rt.stream("Once upon a time", max_tokens=200, sampling=exl.SamplingParams(temperature=0, ignore_eos=True))
+for number, _ in enumerate(stream):
+    if number == 20:
+        break
+assert rt._engine().model.step.program.ahead[0] > 10
+if sys.argv[1] == "fork":
+    child = os.fork()
+    if child == 0:
+        text = "".join(event.text for event in stream if isinstance(event, exl.Text))
+        os._exit(0 if len(text) > 200 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    print(sum(isinstance(event, exl.Text) for event in stream) > 100)
+elif sys.argv[1] == "close":
+    rt.close()
+    print(True)
+elif sys.argv[1] == "raise":
+    raise SystemExit(3)
+else:
+    print(True)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "close", "raise", "fork"])
+def test_a_process_may_end_or_fork_in_the_middle(how, repo) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEAVE, how],
+        capture_output=True,
+        text=True,
+        cwd=repo,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == (3 if how == "raise" else 0), done.stderr
+    assert done.stderr == "" and (how == "raise" or done.stdout.strip() == "True")
