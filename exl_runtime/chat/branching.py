@@ -16,6 +16,7 @@ class Branching:
         self._record = record
         self._left = 0  # oldest turns that no longer fit the context; they are shown, but not sent
         self._making = False
+        self.named = 0  # messages that a window has left behind, and that a screen has named
 
     @property
     def turns(self) -> tuple[Turn, ...]:

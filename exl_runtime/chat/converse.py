@@ -11,6 +11,7 @@ from .interrupts import gentle_interrupt
 from .reply import Reply
 from .screen import Screen
 from .session import ChatSession
+from .sight import newly_unseen
 from .thinking import Part, Voice
 from .tree import Node
 
@@ -55,7 +56,7 @@ def show_reply(
     else:
         reply.discard()
     if dropped:
-        screen.warning(status.dropped_notice(session.forgotten[forgotten:], dropped))
+        screen.warning(status.dropped_notice(newly_unseen(session, forgotten, dropped), dropped))
     if problem is not None:
         screen.error(str(problem))
     elif not spoken and (result is None or result.stop_reason in ("cancelled", "deadline")):

@@ -20,6 +20,7 @@ from .editor import Editor
 from .interrupts import quiet_keyboard
 from .screen import Screen
 from .session import ChatSession
+from .sight import newly_unseen
 from .writing import write_in_editor
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def _pipe_reply(session: ChatSession, text: str, screen: Screen) -> Result:
     shown.finish()
     reply.finish()
     if dropped:
-        screen.warning(status.dropped_notice(session.forgotten[forgotten:], dropped))
+        screen.warning(status.dropped_notice(newly_unseen(session, forgotten, dropped), dropped))
     if result is None:
         raise RuntimeError("the reply ended without a result")
     return result
