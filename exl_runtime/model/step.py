@@ -35,7 +35,7 @@ class NativeStep:
         angles, places: see `Angles.rows`.
         """
         program = self.program
-        program.bind(kv.keys, kv.values, angles)
+        program.bind(kv.parts, kv.group_of, angles)
         numbers = _numbers(plan, places)
         if len(plan.tokens) <= WHOLE:
             return program.run(numbers, plan.pages, 0, program.layers)
@@ -56,7 +56,7 @@ class NativeStep:
     ) -> list[int]:
         """A token behind each of the L rows, see `ops.step.Program.draw`; for passes of at most WHOLE tokens."""
         program = self.program
-        if not program.bind(kv.keys, kv.values, angles):
+        if not program.bind(kv.parts, kv.group_of, angles):
             onward = NO_MORE  # angles of this pass alone are of no use for the next
         return program.draw(_numbers(plan, places), plan.pages, draws, banned, onward)
 

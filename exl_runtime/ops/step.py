@@ -152,25 +152,28 @@ class Program:
         self._bound: tuple[object, ...] = (None, None, None)
         self._pages: Tensor | None = None
 
-    def bind(self, keys: Tensor, values: Tensor, angles: Sequence[Tensor]) -> bool:
+    def bind(self, parts: Sequence[tuple[Tensor, Tensor]], groups: Sequence[int], angles: Sequence[Tensor]) -> bool:
         """What the next passes read and write; costs nothing while these are the same objects: True.
 
-        keys, values  the pages of all layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
-        angles        cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
+        parts   keys and values of every group of layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
+        groups  the group of every layer
+        angles  cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
         """
         was = self._bound
-        if keys is was[0] and values is was[1] and angles is was[2]:
+        if parts is was[0] and groups is was[1] and angles is was[2]:
             return True
-        native.ops().step_bind(self._number, keys, values, list(angles))
-        self._bound = (keys, values, angles)
+        keys, values = zip(*parts, strict=True)
+        native.ops().step_bind(self._number, list(keys), list(values), list(groups), list(angles))
+        self._bound = (parts, groups, angles)
         return False
 
     def run(self, plan: Sequence[int], pages: Tensor, first: int, last: int) -> tuple[Tensor, bool]:
         """Layers [first, last) of a pass, from layer 0 on; the last one ends in logits.
 
-        plan   T, S, L, then T tokens, T rows of the angles, T slots, S + 1 starts of sequences in the rows, S lengths
-               of sequences, L rows whose logits are wanted: see `ForwardBatch`. Empty for the layers behind the first
-        pages  int32 (S, P)
+        plan   T, S, L, then T tokens, T rows of the angles, T slots of every group, S + 1 starts of sequences in the
+               rows, S lengths of sequences, L rows whose logits are wanted: see `ForwardBatch`. Empty for the layers
+               behind the first
+        pages  int32 (groups * S, P)
         Returns float32 logits (L, vocab), empty if `last` is not the end, and whether all of them are finite.
         """
         return self._run(self._number, plan, pages, first, last)  # type: ignore[no-any-return]

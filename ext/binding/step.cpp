@@ -110,9 +110,10 @@ void op_step_free(int64_t number) {
   step_programs.erase(found);
 }
 
-// The pages of all layers, (layers, pages, page_size, kv_heads, head_dim or row_bytes).
-StepPages step_pages(const char* op, const char* name, const Tensor& t, const StepModel& m, StepBatch& b) {
-  check_shape(op, name, t, {int64_t(m.layers.size()), -1, -1, m.kv_heads, -1});
+// The pages of the layers of a group, (layers, pages, page_size, kv_heads, head_dim or row_bytes).
+StepPages step_pages(const char* op, const char* name, const Tensor& t, int64_t layers, const StepModel& m,
+                     StepBatch& b) {
+  check_shape(op, name, t, {layers, -1, -1, m.kv_heads, -1});
   StepPages pages{t.data_ptr(), 0, 0};
   int64_t bytes = 1;
   if (t.scalar_type() == ScalarType::Byte) {
@@ -149,27 +150,46 @@ std::vector<StepRope> step_ropes(const char* op, const std::vector<Tensor>& angl
   return ropes;
 }
 
-// Remembers the pages and the angles of the passes to come.
-void op_step_bind(int64_t number, const Tensor& keys, const Tensor& values, std::vector<Tensor> angles) {
+// Remembers the pages and the angles of the passes to come. keys, values: of every group of layers; groups: the group of
+// every layer.
+void op_step_bind(int64_t number, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> groups,
+                  std::vector<Tensor> angles) {
   const char* op = "step_bind";
   const auto program = step_program(op, number);
   program->halt();
   const StepModel& m = program->model;
   StepBatch b{};
-  b.keys = step_pages(op, "keys", keys, m, b);
-  b.values = step_pages(op, "values", values, m, b);
-  EXL_CHECK(keys.scalar_type() == values.scalar_type() && keys.size(1) == values.size(1) &&
-                keys.size(2) == values.size(2),
-            "exl::", op, ": keys ", describe(keys), " and values ", describe(values), " do not belong together");
-  b.page_size = keys.size(2);
-  EXL_CHECK(b.page_size > 0, "exl::", op, ": empty pages, got ", describe(keys));
+  const size_t count = keys.size();
+  EXL_CHECK(count > 0 && count == values.size() && groups.size() == m.layers.size(), "exl::", op, ": ", count,
+            " groups of keys, ", values.size(), " of values, groups of ", groups.size(), " layers of ", m.layers.size());
+  std::vector<int64_t> sizes(count, 0), pages(count, 0);
+  std::vector<StepPlace> places;
+  for (const int64_t group : groups) {
+    EXL_CHECK(group >= 0 && group < int64_t(count), "exl::", op, ": a layer is in group ", group, " of ", count);
+    places.push_back({group, sizes[size_t(group)]++});
+  }
+  std::vector<StepPages> group_keys, group_values;
+  for (size_t g = 0; g < count; ++g) {
+    const Tensor &k = keys[g], &v = values[g];
+    group_keys.push_back(step_pages(op, "keys", k, sizes[g], m, b));
+    group_values.push_back(step_pages(op, "values", v, sizes[g], m, b));
+    EXL_CHECK(k.scalar_type() == v.scalar_type() && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
+                  k.scalar_type() == keys[0].scalar_type() && k.size(2) == keys[0].size(2),
+              "exl::", op, ": keys ", describe(k), " and values ", describe(v), " do not belong together");
+    pages[g] = k.size(1);
+  }
+  b.page_size = keys[0].size(2);
+  EXL_CHECK(b.page_size > 0, "exl::", op, ": empty pages, got ", describe(keys[0]));
   program->ropes = step_ropes(op, angles, m);
   program->angle_rows = angles.empty() ? 0 : angles[0].size(0);
-  program->pages = keys.size(1);
+  program->pages = std::move(pages), program->groups = std::move(places);
+  program->group_keys = std::move(group_keys), program->group_values = std::move(group_values);
+  b.groups = program->groups.data();
+  b.group_keys = program->group_keys.data(), b.group_values = program->group_values.data();
   b.ropes = program->ropes.data(), b.rope_count = int64_t(program->ropes.size());
   program->batch = b;
-  angles.push_back(keys);
-  angles.push_back(values);
+  angles.insert(angles.end(), keys.begin(), keys.end());
+  angles.insert(angles.end(), values.begin(), values.end());
   program->bound = std::move(angles);
   program->next_layer = 0;
 }
@@ -191,7 +211,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
       "step_layer(int program, Tensor[] matrices, Tensor[] biases, int[] residuals, Tensor[] norms, str activation, "
       "int window, int rope, int visits, bool normalize) -> ()");
   m.def("step_free(int program) -> ()");
-  m.def("step_bind(int program, Tensor(a!) keys, Tensor(b!) values, Tensor[] angles) -> ()");
+  m.def("step_bind(int program, Tensor[] keys, Tensor[] values, int[] groups, Tensor[] angles) -> ()");
   m.def("all_finite(Tensor x) -> bool");
 }
 

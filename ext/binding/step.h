@@ -36,7 +36,7 @@ struct StepPass {
 // The passes behind one, computed while their owner looks at the tokens of it. No adapter takes part in them.
 class StepAhead final : public AheadWork {
  public:
-  StepAhead(const StepModel& model, const int64_t& angle_rows, const int64_t& pages)
+  StepAhead(const StepModel& model, const int64_t& angle_rows, const std::vector<int64_t>& pages)
       : model_(model), angle_rows_(angle_rows), pages_(pages) {}
 
   // AheadWork
@@ -59,7 +59,8 @@ class StepAhead final : public AheadWork {
   bool advance();
 
   const StepModel& model_;
-  const int64_t &angle_rows_, &pages_;
+  const int64_t& angle_rows_;
+  const std::vector<int64_t>& pages_;
 };
 
 struct StepProgram {
@@ -68,7 +69,10 @@ struct StepProgram {
   // From step_bind.
   std::vector<Tensor> bound;
   std::vector<StepRope> ropes;
-  int64_t angle_rows = 0, pages = 0;
+  int64_t angle_rows = 0;
+  std::vector<int64_t> pages;  // of every group of layers
+  std::vector<StepPlace> groups;
+  std::vector<StepPages> group_keys, group_values;
   StepBatch batch{};
   std::optional<Tensor> draw_pages;  // from step_pages
   StepPass pass;                     // under way

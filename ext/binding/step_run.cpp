@@ -45,28 +45,32 @@ void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan,
   program.lora.take();
   pass.plan = std::move(plan);
   const int64_t* at = pass.plan.data();
-  const int64_t given = int64_t(pass.plan.size());
+  const int64_t given = int64_t(pass.plan.size()), groups = int64_t(program.pages.size());
   EXL_CHECK(given >= 3 && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[0] < given && at[1] < given && at[2] < given &&
-                given == 3 + 3 * at[0] + 2 * at[1] + 1 + at[2],
+                given == 3 + (2 + groups) * at[0] + 2 * at[1] + 1 + at[2],
             "exl::", op, ": a plan of ", given, " numbers does not hold what it says");
   b.rows = at[0], b.sequences = at[1], b.logits = at[2];
   at += 3;
   EXL_CHECK(b.logits <= b.rows, "exl::", op, ": ", b.logits, " rows of logits of ", b.rows, " tokens");
   b.tokens = step_part(op, "tokens", at, b.rows, m.vocabulary);
   b.places = step_part(op, "places", at, b.rows, program.angle_rows);
-  b.slots = step_part(op, "slots", at, b.rows, program.pages * b.page_size);
+  b.slots = at;
+  for (const int64_t count : program.pages) step_part(op, "slots", at, b.rows, count * b.page_size);
   b.q_starts = step_ints(op, "q_starts", at, b.sequences + 1, pass.q_starts);
   b.kv_lengths = step_ints(op, "kv_lengths", at, b.sequences, pass.kv_lengths);
   b.logit_rows = step_part(op, "logit_rows", at, b.logits, b.rows);
   check_cpu(op, "pages", pages, ScalarType::Int);
-  check_shape(op, "pages", pages, {b.sequences, -1});
+  check_shape(op, "pages", pages, {groups * b.sequences, -1});
   b.table_width = pages.size(1);
   b.page_table = pages.const_data_ptr<int32_t>();
   AttentionArgs a{};
   a.q_starts = b.q_starts, a.kv_lengths = b.kv_lengths, a.page_table = b.page_table;
   a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
   for (const StepLayer& layer : m.layers) a.window = layer.window > a.window ? layer.window : a.window;
-  check_tables(op, a, b.rows, program.pages);
+  for (const int64_t count : program.pages) {
+    check_tables(op, a, b.rows, count);
+    a.page_table += b.sequences * b.table_width;
+  }
   program.lora.spread(op, b);
   pass.table = pages;
   pass.batch = b;
@@ -176,18 +180,22 @@ bool StepAhead::advance() {
   StepBatch& b = pass.batch;
   const int64_t rows = b.rows;
   if (int64_t(onward.draws.size()) != 3 * rows) return false;
-  int64_t *token = pass.plan.data() + 3, *place = token + rows, *slot = place + rows, *length = slot + 2 * rows + 1;
+  const int64_t groups = int64_t(pages_.size());
+  int64_t *token = pass.plan.data() + 3, *place = token + rows, *slot = place + rows;
+  int64_t* length = slot + groups * rows + rows + 1;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t drawn = pass.tokens[size_t(r)], index = length[r], column = index / b.page_size;
     if (drawn < 0 || std::find(ends.begin(), ends.end(), drawn) != ends.end()) return false;
     if (place[r] + 1 >= angle_rows_ || column >= b.table_width || index == std::numeric_limits<int32_t>::max()) {
       return false;
     }
-    const int64_t page = b.page_table[r * b.table_width + column];
-    if (page < 0 || page >= pages_) return false;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t page = b.page_table[(g * rows + r) * b.table_width + column];
+      if (page < 0 || page >= pages_[size_t(g)]) return false;
+      slot[g * rows + r] = page * b.page_size + index % b.page_size;
+    }
     token[r] = drawn;
     place[r] += 1;
-    slot[r] = page * b.page_size + index % b.page_size;
     length[r] += 1;
     pass.kv_lengths[size_t(r)] += 1;
   }

@@ -200,16 +200,21 @@ class Pass {
     rope(to_.query, Dtype::float32, b_.rows, m_.heads, dim, m_.heads * dim, 2 * r.half, r.cos, r.sin);
     rope(to_.key, Dtype::float32, b_.rows, m_.kv_heads, dim, m_.kv_heads * dim, 2 * r.half, r.cos, r.sin);
     watch_.lap(Phase::rope);
-    append(to_.key, b_.keys, index);
-    append(to_.value, b_.values, index);
+    const StepPlace place = b_.groups == nullptr ? StepPlace{0, index} : b_.groups[index];
+    const StepPages& keys = b_.groups == nullptr ? b_.keys : b_.group_keys[place.group];
+    const StepPages& values = b_.groups == nullptr ? b_.values : b_.group_values[place.group];
+    const int64_t* slots = b_.slots + place.group * b_.rows;
+    append(to_.key, keys, place.index, slots);
+    append(to_.value, values, place.index, slots);
     watch_.lap(Phase::append);
     AttentionArgs a{};
     a.q = to_.query;
-    a.k_pages = place(b_.keys, index);
-    a.v_pages = place(b_.values, index);
+    a.k_pages = pages_of(keys, place.index);
+    a.v_pages = pages_of(values, place.index);
     a.dtype = b_.page_dtype;
-    a.key_bits = b_.keys.bits, a.value_bits = b_.values.bits;
-    a.q_starts = b_.q_starts, a.kv_lengths = b_.kv_lengths, a.page_table = b_.page_table;
+    a.key_bits = keys.bits, a.value_bits = values.bits;
+    a.q_starts = b_.q_starts, a.kv_lengths = b_.kv_lengths;
+    a.page_table = b_.page_table + place.group * b_.sequences * b_.table_width;
     a.sequences = b_.sequences, a.table_width = b_.table_width;
     a.heads = m_.heads, a.kv_heads = m_.kv_heads, a.head_dim = dim;
     a.page_size = b_.page_size;
@@ -220,16 +225,16 @@ class Pass {
     watch_.lap(Phase::attend);
   }
 
-  static char* place(const StepPages& pages, int64_t index) {
+  static char* pages_of(const StepPages& pages, int64_t index) {
     return static_cast<char*>(pages.data) + index * pages.stride;
   }
 
-  void append(const float* from, const StepPages& to, int64_t index) {
+  void append(const float* from, const StepPages& to, int64_t index, const int64_t* slots) {
     const int64_t width = m_.kv_heads * m_.head_dim;
     if (to.bits == 0) {
-      kv_append(from, Dtype::float32, place(to, index), b_.page_dtype, b_.slots, b_.rows, width, width);
+      kv_append(from, Dtype::float32, pages_of(to, index), b_.page_dtype, slots, b_.rows, width, width);
     } else {
-      kv_append_codes(from, Dtype::float32, reinterpret_cast<uint8_t*>(place(to, index)), to.bits, b_.slots, b_.rows,
+      kv_append_codes(from, Dtype::float32, reinterpret_cast<uint8_t*>(pages_of(to, index)), to.bits, slots, b_.rows,
                       m_.kv_heads, m_.head_dim, width);
     }
   }

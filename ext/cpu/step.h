@@ -82,6 +82,11 @@ struct StepPages {
   int bits;  // 0: elements of StepBatch::page_dtype
 };
 
+// Which group of layers one belongs to, and which of its layers it is.
+struct StepPlace {
+  int64_t group, index;
+};
+
 struct StepShare;  // step_lora.h
 
 // The new tokens of all sequences, one after another.
@@ -93,6 +98,10 @@ struct StepBatch {
   int64_t rope_count;
   const int64_t* places;  // (rows)
   StepPages keys, values;
+  // Where layers are in groups with pages of their own: of every layer its place, of every group its pages; the slots and
+  // page tables of the groups follow each other. Null: there is one group, with the pages above.
+  const StepPlace* groups;
+  const StepPages *group_keys, *group_values;
   Dtype page_dtype;
   const int64_t* logit_rows;  // (logits)
   int64_t logits;
