@@ -258,7 +258,7 @@ class Pools:
         return pages, tuple(copies)
 
     def seal(self, held: Sequence[Held], page: int, parent: bytes, tokens: Sequence[int]) -> tuple[bool, bytes]:
-        """Page number `page` of a sequence is full, in pools where it is in sight: whether it is another one, and its key."""
+        """Page number `page` of a sequence is full, in pools where it is in sight: whether it changed, and its key."""
         changed, key = False, chain(parent, pack(tokens))
         for pool, mine in zip(self.all, held, strict=True):
             if page < mine.gone:
