@@ -14,11 +14,6 @@
 namespace exl {
 namespace {
 
-int64_t step_bytes(const StepMatrix& w) {
-  if (w.packed.header != nullptr) return int64_t(w.packed.header->bytes);
-  return w.inputs * w.outputs * element_bytes(w.dense.dtype);
-}
-
 int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& final_norm, const Tensor& head,
                     const Tensor& head_bias, int64_t head_residual, int64_t heads, int64_t kv_heads, int64_t head_dim,
                     double eps, double norm_offset, double attention_scale, double attention_softcap,
@@ -43,7 +38,6 @@ int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& f
   step_fits(op, "head", m.head, m.hidden, m.head.outputs);
   m.logit_scale = float(logit_scale);
   program->kept = {table, final_norm, head, head_bias};
-  program->bytes = step_bytes(m.head);
   const std::lock_guard<std::mutex> hold(step_guard);
   static int64_t last = 0;
   step_programs[++last] = std::move(program);
@@ -94,9 +88,6 @@ void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Ten
   for (const auto* list : {&matrices, &biases, &norms}) {
     program->kept.insert(program->kept.end(), list->begin(), list->end());
   }
-  int64_t experts = 0;
-  for (size_t i = 0; i < all.size(); ++i) (visits > 0 && i > 4 ? experts : program->bytes) += step_bytes(all[i]);
-  if (visits > 0) program->bytes += experts / int64_t(l.moe.gate.size()) * visits;
   m.layers.push_back(l);
   m.head.place = 7 * int64_t(m.layers.size());
 }

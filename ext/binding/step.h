@@ -1,6 +1,7 @@
 // What the operators of the native pass share: step.cpp builds a model and binds memory to it, step_run.cpp runs passes.
 #pragma once
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -82,8 +83,9 @@ struct StepProgram {
   StepLora lora;
   StepTimes times{};
   bool timed = false;
-  int64_t bytes = 0;  // of the matrices that a token meets
   int64_t taken = 0, halted = 0;  // passes that ran ahead
+  std::chrono::steady_clock::time_point returned{};  // from the last step_draw
+  double away = 0;  // seconds from there to the next call: a mean that forgets
   StepAhead behind{model, angle_rows, pages};
   AheadThread ahead{behind};  // destroyed first: nothing runs any more then
 

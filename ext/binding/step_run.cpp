@@ -214,12 +214,12 @@ bool StepAhead::advance() {
   return true;
 }
 
-// Whether a thread more is of use. With a CPU for every thread of the team and one for Python it is; else the two get into
-// each other's way once a pass, which a long one bears (measured: LOG.md, "one pass ahead").
-constexpr int64_t kLongPass = 64 << 20;  // bytes of its matrices
+// Whether a pass is to run beside the owner. With a CPU to spare, always. Without one the two take from each other what
+// they win, until the owner stays away for long, or waits for the interpreter (LOG.md, "one pass ahead").
+constexpr double kLongAway = 1e-3, kLongest = 1e-2;  // seconds; the second: nobody waits for tokens meanwhile
 bool step_may_run_ahead(const StepProgram& program) {
   static const int cpus = usable_cpus();
-  return threads() < cpus || (cpus > 1 && program.bytes >= kLongPass);
+  return threads() < cpus || (cpus > 1 && program.away > kLongAway);
 }
 
 // A whole pass, and a token drawn behind each of its rows of logits, with how the pass behind it is drawn, which the
@@ -232,6 +232,9 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   const auto program = step_program(op, number);
   const StepModel& m = program->model;
   EXL_CHECK(!program->bound.empty() && program->draw_pages, "exl::", op, ": no pages are bound");
+  const auto called = std::chrono::steady_clock::now();
+  const std::chrono::duration<double> away = called - program->returned;
+  program->away += (std::min(away.count(), kLongest) - program->away) / 8;
   StepAhead& behind = program->behind;
   StepDraws onward{std::move(next_draws), std::move(next_banned)};
   if (!step_may_run_ahead(*program)) onward = {};
@@ -252,6 +255,7 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
       program->ahead.take();
       ++program->taken;
       count(behind.times);
+      program->returned = std::chrono::steady_clock::now();
       return behind.tokens;
     }
     program->halt();
@@ -265,6 +269,7 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   count(pass.times);
   go_on();
   if (behind.follow(pass)) program->ahead.start();
+  program->returned = std::chrono::steady_clock::now();
   return pass.tokens;
 }
 
