@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CacheFull, UsageError
 from .geometry import CacheGeometry, first_seen, pages_seen, useful_window
-from .pages import Match, PageCopy, PageTable
+from .pages import Match, PageCopy, PageTable, Place
 from .prefix import chain, pack, root_key
 
 if TYPE_CHECKING:
@@ -174,16 +174,19 @@ class Pools:
         rest = pack(tokens[at : min(at + self.page_size, limit)])
         return self._joined(prefix.keys[:count], claimed, [pool.table.claim_part(key, rest) for pool in self.all])
 
-    def reach(self, keys: Sequence[bytes], counts: Sequence[int], parent: bytes, tokens: Sequence[int]) -> Hit:
-        """See `PageTable.reach`: in every pool the last of these keys, as many as `counts` says. `gone` entries are
+    def reach(self, places: Sequence[Place], counts: Sequence[int], parent: bytes, tokens: Sequence[int]) -> Hit | None:
+        """See `PageTable.reach`: in every pool the last of these pages, as many as `counts` says. `gone` entries are
         put before them where there is a window, so that all keys have their place."""
         matches, parts = [], []
         for pool, count in zip(self.all, counts, strict=True):
-            match = pool.table.reach(keys[len(keys) - count :], parent, tokens)
-            gone = 0 if pool.window is None else len(keys) - count
-            matches.append(Match([0] * gone + match.pages, [], None, 0, gone))
+            match = pool.table.reach(places[len(places) - count :], parent, tokens)
+            if match is None:
+                self.give_up(Hit([], tuple(matches)))
+                return None
+            gone = 0 if pool.window is None else len(places) - count
+            matches.append(Match([0] * gone + match.pages, [], match.source, match.shared, gone))
             parts.append((match.source, match.shared))
-        return self._joined([*keys], matches, parts)
+        return self._joined([place[2] for place in places], matches, parts)
 
     def give_up(self, hit: Hit) -> None:
         """Release what was acquired."""

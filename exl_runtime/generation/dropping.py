@@ -8,14 +8,16 @@ same turns (`Left`) may find them, all of what was in place when they left; else
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from ..cache.pools import Held, Hit, Pools
 from ..cache.prefix import common_tokens, pack
 from ..cache.rows import slots_of
 from ..cache.sinks import SinkKeeper, Sinks
+from ..errors import StorageError
 from .sequence import Sequence
 
 KEPT = 64  # conversations that are remembered,
@@ -37,6 +39,11 @@ class State:
     head: int
     shift: int
     until: int
+
+    def to_json(self, past: bytes) -> dict[str, Any]:
+        """What `Dropper.learn` takes, less the root; `past`: what left."""
+        names = ("head", "shift", "until")
+        return {"past": past.hex(), "base": self.base.hex(), **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,21 @@ class Dropper:
     def knows(self, past: bytes) -> bool:
         """True when a conversation went on after exactly these turns had left. From any thread."""
         return past in self._states
+
+    def states(self, past: bytes) -> list[State]:
+        """How conversations that lost these turns may lie in the cache, the latest first."""
+        return [*reversed(list(self._states.get(past, {}).values()))]
+
+    def learn(self, root: bytes, given: Mapping[str, Any]) -> None:
+        """Note a state that somebody else had, `given` by `State.to_json`. Raises StorageError where it is none."""
+        try:
+            head, shift, until = (int(given[name]) for name in ("head", "shift", "until"))
+            past, base = (bytes.fromhex(given[name]) for name in ("past", "base"))
+            if not (0 < head < until < 1 << 31 and 0 < shift < 1 << 40 and len(past) == len(base) == len(root)):
+                raise ValueError(given)
+        except (KeyError, TypeError, ValueError) as err:
+            raise StorageError("a snapshot says of turns that left what cannot be") from err
+        self._remember(past, State(root, base, head, shift, until))
 
     def find(self, sequence: Sequence, limit: int) -> Start:
         """The best place to go on with a sequence that waits, and that has lost turns; its pages are acquired."""
@@ -137,8 +159,7 @@ class Dropper:
 
     def _known(self, past: bytes, base: bytes) -> Iterator[State]:
         """The latest first."""
-        states = self._states.get(past, {})
-        return (state for state in reversed(list(states.values())) if state.base == base)
+        return (state for state in self.states(past) if state.base == base)
 
     def _remember(self, past: bytes, state: State | None) -> None:
         states = self._states.pop(past, {})

@@ -28,8 +28,7 @@ class Pager:
         # At least the last token is computed again: its logits are wanted.
         limit = min(len(sequence.tokens) - 1, sequence.reusable)
         if self.roller is not None and sequence.roll is not None:
-            found = self.roller.find(sequence)
-            hit = self.roller.match(sequence, found, len(found.tokens) - 1)
+            found, hit = self.roller.start(sequence)
             count = min(-(-len(found.tokens) // size), sequence.roll.pages)
         elif self.dropper is not None and sequence.left_turns is not None:
             start = self.dropper.find(sequence, limit)
@@ -173,7 +172,7 @@ class Pager:
     def _resume(self, roller: Roller, sequence: Sequence, found: Found) -> None:
         """Go on with a window, which begins with pages that are still to be written where something has left it."""
         sinks: list[int] = []
-        if found.keys:
+        if found.places:
             assert sequence.roll is not None
             sequence.keys, sequence.matched = list(found.keys), 0
             if self.pools[0].window is None:

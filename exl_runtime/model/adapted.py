@@ -101,7 +101,7 @@ class AdaptedMoe(Moe):
         """See the base class."""
         weights, chosen = self.route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
         out = torch.zeros_like(x)
-        reaching = [share for share in self._shares if share.adapter.reaches_experts(self._block)]
+        reaching = [share for share in self._shares if self._block in share.adapter.mixtures]
         for expert in chosen.unique(sorted=True).tolist():
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             self._inside[:] = _narrowed(reaching, rows, x.shape[0])

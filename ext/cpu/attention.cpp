@@ -41,6 +41,21 @@ struct Part {
   int64_t chunk;
 };
 
+// Which keys of a chunk the rows of an item see, and where they are: what AttentionChunk says of them.
+struct Places {
+  int64_t begin[kMostRows], end[kMostRows];
+  int64_t first, last;
+  const void *keys[kChunk], *values[kChunk];  // by the index within the chunk; those of [first, last) are set
+};
+
+// What a thread works on, and what it asks for meanwhile. Works are counted from 0.
+struct Lane {
+  FetchQueue queue;
+  Places places[2];
+  int which;          // those of the work that comes next
+  int64_t announced;  // which work that is; -1: none
+};
+
 class Job {
  public:
   explicit Job(const AttentionArgs& args)
@@ -87,24 +102,58 @@ class Job {
     scratch_ = memory.floats(team * slot_size_ + int64_t(parts.size()) * state_size(most_rows));
     float* partial = scratch_ + team * slot_size_;
 
-    each(int64_t(whole.size()), 1, [&](int64_t n, float* total) {
+    each(int64_t(whole.size()), 1, [&](int64_t n, float* total, int64_t) {
       const Item& item = items_[size_t(whole[whole.size() - 1 - size_t(n)])];  // the longest ones first
-      load_queries(item, queries(total));
       clear(item, total);
+      Places places;
       for (int64_t chunk = item.first_chunk; chunk <= item.last_chunk; ++chunk) {
-        attend(item, chunk, queries(total), state(total + state_size()));
+        find(item, chunk, places);
+        const AttentionState next = state(total + state_size());
+        attend(&item, 1, places, queries(total), &next, nullptr);
         kernels_.merge(state(total), state(total + state_size()), item.rows, padded_);
       }
       finish(item, total);
     });
-    const int64_t count = int64_t(parts.size()), share = count / (8 * team) + 1, least = kGrainCycles / part_cost + 1;
-    const int64_t grain = share < a_.kv_heads ? share : a_.kv_heads;
-    each(count, grain > least ? grain : least, [&](int64_t n, float* total) {
-      const Item& item = items_[size_t(parts[size_t(n)].item)];
-      load_queries(item, queries(total));
-      attend(item, parts[size_t(n)].chunk, queries(total), state(partial + n * state_size(most_rows), most_rows));
+    // A work is some neighbouring heads of a chunk, as many as leave every thread something to do.
+    const int64_t count = int64_t(parts.size());
+    int64_t heads = 1;
+    for (int64_t h = 2; h <= kMostHeads && most_rows <= kFewRows && a_.key_bits == 0; ++h) {
+      if (a_.kv_heads % h == 0 && (team == 1 || count >= 2 * team * h)) heads = h;
+    }
+    const int64_t works = count / heads, share = works / (8 * team) + 1, least = kGrainCycles / (part_cost * heads) + 1;
+    const int64_t most = a_.kv_heads / heads, fair = share < most ? share : most, grain = fair > least ? fair : least;
+    static thread_local std::vector<Lane> lane_memory;
+    if (int64_t(lane_memory.size()) < team) lane_memory.resize(size_t(team));
+    Lane* const lanes = lane_memory.data();
+    for (int64_t slot = 0; slot < team; ++slot) lanes[slot].announced = -1;
+    each(works, grain, [&](int64_t n, float* memory, int64_t slot) {
+      Lane& lane = lanes[slot];
+      const Part& part = parts[size_t(n * heads)];
+      const Item* items = &items_[size_t(part.item)];
+      if (lane.announced != n) {
+        lane.queue = {};
+        announce(part, heads, lane);
+        fetch_some(lane.queue, kFirstLines);
+      }
+      const Places& places = lane.places[lane.which];
+      fetch_only(lane.queue, 2);
+      lane.which ^= 1;
+      const int64_t next = (n + 1) % grain != 0 ? n + 1 : n + 1 + (team - 1) * grain;  // most likely
+      lane.announced = next < works ? next : -1;
+      if (next < works) {
+        announce(parts[size_t(next * heads)], heads, lane);
+      } else if (a_.next != nullptr) {
+        const int64_t own = a_.next_bytes / team;
+        lane.queue.tail = static_cast<const uint8_t*>(a_.next) + own * slot;
+        lane.queue.tail_bytes = own < kNextBytes ? own : kNextBytes;
+      }
+      AttentionState to[kMostHeads];
+      for (int64_t h = 0; h < heads; ++h) {
+        to[h] = state(partial + (n * heads + h) * state_size(most_rows), most_rows);
+      }
+      attend(items, heads, places, queries(memory), to, &lane.queue);
     });
-    each(parts.empty() ? 0 : items, a_.kv_heads, [&](int64_t i, float* total) {
+    each(parts.empty() ? 0 : items, a_.kv_heads, [&](int64_t i, float* total, int64_t) {
       if (first_part[size_t(i)] < 0) return;
       const Item& item = items_[size_t(i)];
       clear(item, total);
@@ -119,9 +168,12 @@ class Job {
 
  private:
   static constexpr int64_t kFewRows = 12;
+  static_assert(kFewRows * kMostHeads <= kMostRows, "scratch memory");
   static constexpr int64_t kGrainCycles = 16000;  // work worth waking a thread for
+  static constexpr int64_t kFirstLines = 512;       // asked for before a thread's first work
+  static constexpr int64_t kNextBytes = 512 << 10;  // of AttentionArgs::next: half of a second-level cache
 
-  // body(n, slot memory) for every n < count, `grain` at a time to whichever thread is free.
+  // body(n, slot memory, slot) for every n < count, `grain` at a time to whichever thread is free.
   template <class Body>
   void each(int64_t count, int64_t grain, const Body& body) const {
     if (count == 0) return;
@@ -129,7 +181,7 @@ class Job {
     const int64_t team = threads(), pieces = (count + grain - 1) / grain;
     parallel_for(team < pieces ? team : pieces, [&](int64_t slot, int64_t) {
       for (int64_t n; (n = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
-        for (int64_t i = n; i < n + grain && i < count; ++i) body(i, scratch_ + slot * slot_size_);
+        for (int64_t i = n; i < n + grain && i < count; ++i) body(i, scratch_ + slot * slot_size_, slot);
       }
     });
   }
@@ -186,21 +238,20 @@ class Job {
     std::memset(total.mixed, 0, size_t(item.rows * padded_) * sizeof(float));
   }
 
-  // q: the item's queries, then scratch for scores and panels.
   // The pointers of a chunk's keys are looked up one by one: pages of any size, in any order.
-  void attend(const Item& item, int64_t chunk, float* q, const AttentionState& to) const {
+  void find(const Item& item, int64_t chunk, Places& to) const {
     const int64_t base = chunk * kChunk;
-    int64_t begin[kMostRows], end[kMostRows], first = kChunk, last = 0;
+    int64_t first = kChunk, last = 0;
     for (int64_t r = 0; r < item.rows; ++r) {
       const int64_t index = index_of(item, r), low = oldest(index) - base, high = index + 1 - base;
-      begin[r] = low < 0 ? 0 : low;
-      end[r] = high > kChunk ? kChunk : high;
-      if (begin[r] >= end[r]) continue;
-      first = begin[r] < first ? begin[r] : first;
-      last = end[r] > last ? end[r] : last;
+      const int64_t begin = low < 0 ? 0 : low, end = high > kChunk ? kChunk : high;
+      to.begin[r] = begin, to.end[r] = end;
+      if (begin >= end) continue;
+      first = begin < first ? begin : first;
+      last = end > last ? end : last;
     }
     if (first >= last) first = last = 0;
-    const void *keys[kChunk], *values[kChunk];
+    to.first = first, to.last = last;
     const int32_t* pages = a_.page_table + item.sequence * a_.table_width;
     const int64_t key_bytes = head_bytes(a_.key_bits), value_bytes = head_bytes(a_.value_bits);
     for (int64_t j = first; j < last;) {
@@ -208,21 +259,43 @@ class Job {
       const int64_t stop = start + a_.page_size < last ? start + a_.page_size : last;
       int64_t head = (int64_t(pages[page]) * a_.page_size + j - start) * a_.kv_heads + item.kv_head;
       for (; j < stop; ++j, head += a_.kv_heads) {
-        keys[j] = static_cast<const char*>(a_.k_pages) + head * key_bytes;
-        values[j] = static_cast<const char*>(a_.v_pages) + head * value_bytes;
+        to.keys[j] = static_cast<const char*>(a_.k_pages) + head * key_bytes;
+        to.values[j] = static_cast<const char*>(a_.v_pages) + head * value_bytes;
       }
     }
-    AttentionChunk c{};
-    c.q = q, c.rows = item.rows;
-    c.head_dim = a_.head_dim, c.padded_dim = padded_;
-    c.keys = keys, c.values = values;
-    c.dtype = a_.dtype, c.key_bits = a_.key_bits, c.value_bits = a_.value_bits;
-    c.first = first, c.last = last, c.begin = begin, c.end = end;
-    c.scale = a_.key_bits != 0 ? a_.scale / kv_middle(a_.key_bits) : a_.scale;
-    c.softcap = a_.softcap;
-    c.scores = q + kMostRows * padded_;
-    c.panel = c.scores + kMostRows * kChunk;
-    kernels_.attend(c, to);
+  }
+
+  // Finds the keys of `heads` heads from the first of `part` on, and puts them last in the lane's queue. Rows of codes
+  // are asked for by their kernels.
+  void announce(const Part& part, int64_t heads, Lane& lane) const {
+    Places& places = lane.places[lane.which];
+    find(items_[size_t(part.item)], part.chunk, places);
+    if (a_.key_bits != 0) return;
+    const int64_t count = places.last - places.first, bytes = heads * head_bytes(0);
+    fetch_later(lane.queue, {places.keys + places.first, count, bytes});
+    fetch_later(lane.queue, {places.values + places.first, count, bytes});
+  }
+
+  // `heads` items that differ in their head only. q: their queries, then scratch for scores and a panel.
+  void attend(const Item* items, int64_t heads, const Places& places, float* q, const AttentionState* to,
+              FetchQueue* queue) const {
+    const int64_t rows = items->rows;
+    AttentionChunk chunks[kMostHeads];
+    for (int64_t h = 0; h < heads; ++h) {
+      AttentionChunk& c = chunks[h];
+      c.q = q + h * rows * padded_;
+      c.rows = rows;
+      c.head_dim = a_.head_dim, c.padded_dim = padded_;
+      c.keys = places.keys, c.values = places.values, c.skip = h * a_.head_dim;
+      c.dtype = a_.dtype, c.key_bits = a_.key_bits, c.value_bits = a_.value_bits;
+      c.first = places.first, c.last = places.last, c.begin = places.begin, c.end = places.end;
+      c.scale = a_.key_bits != 0 ? a_.scale / kv_middle(a_.key_bits) : a_.scale;
+      c.softcap = a_.softcap;
+      c.scores = q + kMostRows * padded_ + h * rows * kChunk;
+      c.panel = q + kMostRows * (padded_ + kChunk);
+      load_queries(items[h], q + h * rows * padded_);
+    }
+    kernels_.attend(chunks, heads, to, queue);
   }
 
   int64_t head_bytes(int bits) const {

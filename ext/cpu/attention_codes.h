@@ -25,12 +25,13 @@ EXL_INLINE void fetch_ahead(const T* row, int64_t count) {
 }
 
 // Calls f(row, R) for tiles of R rows, R a compile-time constant: the largest that fit, so that keys are read rarely.
+// Eight rows are two fours: a tile of two would wait for its loads.
 template <int most, class F>
 EXL_INLINE void each_tile(int64_t rows, const F& f) {
   constexpr int middle = most > 4 ? 4 : most;
   int64_t row = 0;
-  for (; row + most <= rows; row += most) f(row, Constant<most>());
-  if (most > middle && row + middle <= rows) f(row, Constant<middle>()), row += middle;
+  for (; row + most <= rows && (most <= middle || rows - row != 2 * middle); row += most) f(row, Constant<most>());
+  for (; most > middle && row + middle <= rows; row += middle) f(row, Constant<middle>());
   for (; row + 2 <= rows; row += 2) f(row, Constant<2>());
   if (row < rows) f(row, Constant<1>());
 }

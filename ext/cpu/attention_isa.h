@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "fetch_queue.h"
 
 namespace exl {
 
@@ -25,6 +26,7 @@ struct AttentionChunk {
   int64_t padded_dim;          // head_dim rounded up to 16
   const void* const* keys;     // kChunk pointers to one head each; only [first, last) are used
   const void* const* values;
+  int64_t skip;                // elements from there to the head; 0 for rows of codes
   Dtype dtype;                 // of keys and values
   int key_bits, value_bits;    // not 0: they are rows of codes instead, worth 2^(bits - 1) times what they stand for
   int64_t first, last;         // keys that any row sees, within the chunk
@@ -43,8 +45,13 @@ struct AttentionState {
   float* mixed;    // (rows, padded_dim)
 };
 
+constexpr int64_t kMostHeads = 8;  // taken together
+
 struct AttentionIsa {
-  void (*attend)(const AttentionChunk& chunk, const AttentionState& to);
+  // `heads` neighbouring key/value heads, at most kMostHeads: their chunks differ in q, skip and scores only. One if
+  // keys are codes.
+  // Meanwhile what is in `queue` is asked for, which may be null.
+  void (*attend)(const AttentionChunk* chunks, int64_t heads, const AttentionState* to, FetchQueue* queue);
   // total := total and the keys of `next`
   void (*merge)(const AttentionState& total, const AttentionState& next, int64_t rows, int64_t padded_dim);
 };

@@ -65,6 +65,16 @@ struct Cursor {
 
 constexpr int64_t kAhead = 4096;  // bytes from the use of codes to those asked for
 
+// The processor's own prefetcher stops at the end of a page of 4 KiB and may have to look up where the next one lies:
+// one line of a page to come, on entering a page, has both behind us when we get there.
+constexpr uintptr_t kPage = 4096, kPagesAhead = 8;
+EXL_INLINE void fetch_page(const uint8_t* at, int64_t step) {
+  const uintptr_t place = reinterpret_cast<uintptr_t>(at);
+  if (place % kPage < uintptr_t(step)) {
+    __builtin_prefetch(reinterpret_cast<const void*>(place / kPage * kPage + kPagesAhead * kPage), 0, 2);
+  }
+}
+
 // All quads of a unit, one after another, into the sums of R rows.
 template <class I, int bits, int R, bool residual, bool scaled, int q, class S>
 EXL_INLINE void add_quads(const uint8_t* unit, const uint8_t* x, int64_t stride, S* main, S* rest) {
@@ -117,6 +127,7 @@ __attribute__((noinline)) void add_spans(const Scales<I>& scales, const Span* sp
       }
       const uint8_t* x = at.x;
       for (const uint8_t* codes = at.codes; codes != stop; codes += bits * kLine, x += unit_bytes) {
+        if (!ahead && b == 0) fetch_page(codes, bits * kLine);
         if (ahead && b == 0) {
           EXL_UNROLL for (int i = 0; i < bits * kLine / 64; ++i) __builtin_prefetch(codes + kAhead + i * 64);
         }

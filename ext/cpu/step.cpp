@@ -57,6 +57,18 @@ void multiply_all(const StepMatrix* const* w, float* const* y, int count, const 
   for (int i = 0; i < count; ++i) add_bias(*w[i], y[i], rows);
 }
 
+// What a product reads first, by each thread from its share of it on.
+void first_read(const StepMatrix& w, AttentionArgs& to) {
+  if (w.packed.header != nullptr) {
+    const Panel& panel = w.packed.panel(0);
+    to.next = w.packed.at(panel.at);
+    to.next_bytes = threads() > 1 ? w.packed.tiles() * panel.tile_bytes : w.packed.header->bytes - panel.at;
+  } else {
+    to.next = w.dense.weight;
+    to.next_bytes = w.inputs * w.outputs * element_bytes(w.dense.dtype);
+  }
+}
+
 // Working memory of a pass, cut from one piece.
 struct Rooms {
   float *normed, *query, *key, *value, *mixed, *gate, *up;
@@ -200,41 +212,39 @@ class Pass {
     rope(to_.query, Dtype::float32, b_.rows, m_.heads, dim, m_.heads * dim, 2 * r.half, r.cos, r.sin);
     rope(to_.key, Dtype::float32, b_.rows, m_.kv_heads, dim, m_.kv_heads * dim, 2 * r.half, r.cos, r.sin);
     watch_.lap(Phase::rope);
-    const StepPlace place = b_.groups == nullptr ? StepPlace{0, index} : b_.groups[index];
-    const StepPages& keys = b_.groups == nullptr ? b_.keys : b_.group_keys[place.group];
-    const StepPages& values = b_.groups == nullptr ? b_.values : b_.group_values[place.group];
-    const int64_t* slots = b_.slots + place.group * b_.rows;
-    append(to_.key, keys, place.index, slots);
-    append(to_.value, values, place.index, slots);
+    const StepHome& home = b_.homes[index];
+    const StepGroup& group = b_.groups[home.group];
+    append(to_.key, group.keys, home.place, group.slots);
+    append(to_.value, group.values, home.place, group.slots);
     watch_.lap(Phase::append);
     AttentionArgs a{};
     a.q = to_.query;
-    a.k_pages = pages_of(keys, place.index);
-    a.v_pages = pages_of(values, place.index);
+    a.k_pages = place(group.keys, home.place);
+    a.v_pages = place(group.values, home.place);
     a.dtype = b_.page_dtype;
-    a.key_bits = keys.bits, a.value_bits = values.bits;
-    a.q_starts = b_.q_starts, a.kv_lengths = b_.kv_lengths;
-    a.page_table = b_.page_table + place.group * b_.sequences * b_.table_width;
+    a.key_bits = group.keys.bits, a.value_bits = group.values.bits;
+    a.q_starts = b_.q_starts, a.kv_lengths = b_.kv_lengths, a.page_table = group.page_table;
     a.sequences = b_.sequences, a.table_width = b_.table_width;
     a.heads = m_.heads, a.kv_heads = m_.kv_heads, a.head_dim = dim;
     a.page_size = b_.page_size;
     a.window = l.window;
     a.scale = m_.attention_scale, a.softcap = m_.attention_softcap;
     a.out = to_.mixed;
+    first_read(l.out, a);
     paged_attention_cpu(a);
     watch_.lap(Phase::attend);
   }
 
-  static char* pages_of(const StepPages& pages, int64_t index) {
-    return static_cast<char*>(pages.data) + index * pages.stride;
+  static char* place(const StepPages& pages, int64_t layer) {
+    return static_cast<char*>(pages.data) + layer * pages.stride;
   }
 
-  void append(const float* from, const StepPages& to, int64_t index, const int64_t* slots) {
+  void append(const float* from, const StepPages& to, int64_t layer, const int64_t* slots) {
     const int64_t width = m_.kv_heads * m_.head_dim;
     if (to.bits == 0) {
-      kv_append(from, Dtype::float32, pages_of(to, index), b_.page_dtype, slots, b_.rows, width, width);
+      kv_append(from, Dtype::float32, place(to, layer), b_.page_dtype, slots, b_.rows, width, width);
     } else {
-      kv_append_codes(from, Dtype::float32, reinterpret_cast<uint8_t*>(pages_of(to, index)), to.bits, slots, b_.rows,
+      kv_append_codes(from, Dtype::float32, reinterpret_cast<uint8_t*>(place(to, layer)), to.bits, slots, b_.rows,
                       m_.kv_heads, m_.head_dim, width);
     }
   }

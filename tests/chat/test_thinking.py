@@ -12,6 +12,7 @@ from talking import Recorder, Typist
 from vt import Terminal
 
 from exl_runtime.chat import memory, repl, status
+from exl_runtime.chat.converse import Shown
 from exl_runtime.chat.editor import CommandCompleter
 from exl_runtime.chat.reply import StyledReply
 from exl_runtime.chat.screen import THEME
@@ -20,6 +21,7 @@ from exl_runtime.chat.settings import ReplySettings
 from exl_runtime.chat.thinking import Voice
 from exl_runtime.chat.tree import Node
 from exl_runtime.chat.turn import Turn
+from exl_runtime.generation.stream import Text
 from exl_runtime.tokenizer.past import past_of
 from exl_runtime.tokenizer.reasoning import KNOWN
 
@@ -189,6 +191,24 @@ def test_thoughts_on_a_styled_terminal_are_dim_and_apart() -> None:
     reply.finish()
     assert terminal.everything == ["Let **me** see:", "", "```", "if x:", "", "It is four."]
     assert "\x1b[2;3mLet **me** see:" in "".join(raw), "dim, and no Markdown"
+
+
+def test_what_is_being_thought_is_told_now_and_then() -> None:
+    notes: list[str] = []
+    times = iter(i * 0.04 for i in range(1000))
+    for mode in ("fold", "hide"):
+        runtime = FakeRuntime(["?"])
+        runtime.template = SimpleNamespace(sources={"default": "<think>"})
+        session = ChatSession(runtime, settings=ReplySettings(thoughts=mode))
+        reply = SimpleNamespace(waiting=notes.append, text=notes.append)
+        shown = Shown(session, reply, clock=times.__next__)
+        for word in ("<think>", "one ", "two ", "three\n", "four ", "five ", "six ", "</think>Yes."):
+            shown.take(Text("r", word, (1,), None))
+        shown.finish()
+    counts = ["thinking … 0 words", "thinking … 3 words", "thinking … 6 words"]
+    tails = ["", " · …one two three", " · …one two three four five six"]
+    assert notes[:4] == [*(count + tail for count, tail in zip(counts, tails, strict=True)), "Yes."]
+    assert notes[4:] == [*counts, "Yes."], "hidden thoughts are counted, not shown"
 
 
 def test_a_pipe_gets_the_answer_or_all_of_it() -> None:

@@ -1,9 +1,13 @@
 """Passes that run one ahead on the CPU: nobody can tell, but by the clock."""
 
+import gc
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +177,39 @@ def test_a_request_that_is_given_up_keeps_nothing_running() -> None:
         wanted = told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0)))
     with exl.load("demo", context=512, speculate="off") as rt:
         assert told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0))) == wanted
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="nothing runs beside Python on one CPU")
+def test_where_all_cpus_compute_only_a_slow_reader_is_run_ahead_of() -> None:
+    params = exl.SamplingParams(**ENDLESS)
+    native.ops().set_threads(len(os.sched_getaffinity(0)))
+    with exl.load("demo", context=512, speculate="off") as rt:
+        wanted = told(rt.generate(STORY, max_tokens=60, sampling=params))
+        before = counts(rt)[0]
+        events = []
+        for event in rt.stream(STORY, max_tokens=60, sampling=params):
+            time.sleep(0.004)
+            events.append(event)
+        assert counts(rt)[0] - before > 30
+        assert isinstance(events[-1], exl.Finished) and told(events[-1].result)[:3] == wanted[:3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_the_thread_goes_with_its_model() -> None:
+    def threads() -> int:
+        return sum("exl-ahead" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+    before = threads()
+    for _ in range(3):
+        with exl.load("demo", context=512, speculate="off") as rt:
+            rt.generate(STORY, max_tokens=20, sampling=exl.SamplingParams(**ENDLESS))
+            assert counts(rt)[0] > 0 and threads() > 0
+        del rt
+    gc.collect()
+    until = time.monotonic() + 10
+    while threads() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threads() <= before
 
 
 def test_many_threads_ask_at_once() -> None:

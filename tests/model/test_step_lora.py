@@ -12,9 +12,12 @@ from quantize import quantize_folder
 from stepping import IDS
 from tiny import by_name, model_of, write
 
+from exl_runtime.cache.storage import KVStorage
+from exl_runtime.cache.types import FP32
 from exl_runtime.errors import NonFiniteError
 from exl_runtime.model.adapter_loading import load_adapter
 from exl_runtime.model.lora import Adapter, mix_of
+from exl_runtime.model.placement import geometry_of
 from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import native
 from exl_runtime.ops.step import AdapterChange, Program
@@ -129,6 +132,18 @@ def test_attention_and_the_head_alone(family, root, monkeypatch, shared) -> None
     adapted = Driven(model, mix_of([(one, 1.0)])).forward(batch_of([(IDS[:5], 0, [0])]), other)
     assert not torch.equal(plain, adapted)
     assert torch.equal(model.forward(batch_of([(IDS[:5], 0, [0])]), kv), plain), "a pass has only its own adapters"
+
+
+def test_window_layers_with_pages_of_their_own(root, shared) -> None:
+    model = open_model(write(by_name("gemma2"), root), "cpu")
+    mix = mix_of([(loaded(root, "gemma2", model, 1), 1.0)])
+    batch = batch_of([(IDS[:40], 0, [3])])
+    groups = KVStorage(geometry_of(model.spec, FP32, context=2048), (6, 6), "cpu")
+    assert len(groups.counts) == 2
+    apart = replace(batch, slots=batch.slots.repeat(2), pages=batch.pages.repeat(2, 1))
+    found = Driven(model, mix).forward(apart, groups)
+    assert torch.equal(found, Driven(model, mix).forward(batch, new_cache(model)))
+    assert shared == [1, 1]
 
 
 def test_a_pass_that_is_refused_leaves_no_adapter_behind(root) -> None:
