@@ -46,7 +46,7 @@ def test_groups_of_layers() -> None:
 def test_layers_lie_in_their_group() -> None:
     geometry = CacheGeometry(4, 1, 2, FP32, SIZE, (6, None, None, 6))
     kv = KVStorage(geometry, (5, 3), torch.device("cpu"))
-    assert [kv.layer(i)[0].shape[0] for i in range(4)] == [3, 5, 5, 3] and kv.group_of == [1, 0, 0, 1]
+    assert [kv.layer(i)[0].shape[0] for i in range(4)] == [3, 5, 5, 3]
     assert kv.nbytes == 2 * geometry.bytes_of(geometry.groups[0]) // 2 * 5 + geometry.bytes_of(geometry.groups[1]) * 3
     for i in range(4):
         for pages in kv.layer(i):
