@@ -148,6 +148,17 @@ class Adapted:
             for shares in (*self._body.values(), self._head):
                 shares.clear()
 
+    def draw_plan(self, plan: Plan, kv: KVStorage, draws: Many[float], banned: Many[int]) -> list[int] | None:
+        """`Transformer.draw_plan` for a plan with `mixes`. None, too, where the native pass cannot have them."""
+        if self._native is None or not self._native.share(plan):
+            return None
+        assert isinstance(self._base, Transformer)
+        try:
+            return self._base.draw_plan(plan, kv, draws, banned)
+        except BaseException:
+            self._native.forget()
+            raise
+
     def _stage(self, model: Transformer) -> Transformer:
         """The model, or the part of one on one device, with everything wrapped."""
         shares = self._body[model.device]

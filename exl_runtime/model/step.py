@@ -63,11 +63,7 @@ class NativeStep:
         """Whether these pages and angles are those of the pass before."""
         if self.program.bound_to(kv.parts, angles):
             return True
-        homes = [0] * self.program.layers
-        for number, group in enumerate(kv.geometry.groups):
-            for layer in group.layers:
-                homes[layer] = number
-        self.program.bind(kv.parts, homes, angles)
+        self.program.bind(kv.parts, kv.group_of, angles)
         return False
 
     def halt(self) -> None:

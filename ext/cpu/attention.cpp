@@ -140,13 +140,7 @@ class Job {
       lane.which ^= 1;
       const int64_t next = (n + 1) % grain != 0 ? n + 1 : n + 1 + (team - 1) * grain;  // most likely
       lane.announced = next < works ? next : -1;
-      if (next < works) {
-        announce(parts[size_t(next * heads)], heads, lane);
-      } else if (a_.next != nullptr) {
-        const int64_t own = a_.next_bytes / team;
-        lane.queue.tail = static_cast<const uint8_t*>(a_.next) + own * slot;
-        lane.queue.tail_bytes = own < kNextBytes ? own : kNextBytes;
-      }
+      if (next < works) announce(parts[size_t(next * heads)], heads, lane);
       AttentionState to[kMostHeads];
       for (int64_t h = 0; h < heads; ++h) {
         to[h] = state(partial + (n * heads + h) * state_size(most_rows), most_rows);
@@ -170,8 +164,7 @@ class Job {
   static constexpr int64_t kFewRows = 12;
   static_assert(kFewRows * kMostHeads <= kMostRows, "scratch memory");
   static constexpr int64_t kGrainCycles = 16000;  // work worth waking a thread for
-  static constexpr int64_t kFirstLines = 512;       // asked for before a thread's first work
-  static constexpr int64_t kNextBytes = 512 << 10;  // of AttentionArgs::next: half of a second-level cache
+  static constexpr int64_t kFirstLines = 512;     // asked for before a thread's first work
 
   // body(n, slot memory, slot) for every n < count, `grain` at a time to whichever thread is free.
   template <class Body>

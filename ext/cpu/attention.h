@@ -48,9 +48,6 @@ struct AttentionArgs {
   float scale;
   float softcap;  // 0: none
   float* out;
-  // What the caller reads next, the s-th of its threads from the s-th part on; asked for meanwhile. Null: nothing.
-  const void* next = nullptr;
-  int64_t next_bytes = 0;
 };
 
 void paged_attention_cpu(const AttentionArgs& args);

@@ -16,14 +16,12 @@ struct FetchRows {
   int64_t bytes;
 };
 
-// First all rows of the lists, in order, then the tail.
+// All rows of the lists, in order.
 struct FetchQueue {
   static constexpr int kLists = 4;
   FetchRows list[kLists];
   int lists;
   int64_t row, offset;  // of what comes next in list[0]
-  const uint8_t* tail;
-  int64_t tail_bytes;
 };
 
 namespace {  // internal linkage: see isa.h
@@ -42,8 +40,6 @@ inline void fetch_only(FetchQueue& queue, int count) {
   queue.row = queue.offset = 0;
 }
 
-inline void fetch_line(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
-
 // Asks for up to `lines` lines of 64 bytes.
 inline void fetch_some(FetchQueue& queue, int64_t lines) {
   while (lines > 0 && queue.lists > 0) {
@@ -53,11 +49,12 @@ inline void fetch_some(FetchQueue& queue, int64_t lines) {
       continue;
     }
     const uint8_t* at = static_cast<const uint8_t*>(from.rows[queue.row]);
-    for (; lines > 0 && queue.offset < from.bytes; --lines, queue.offset += 64) fetch_line(at + queue.offset);
+    for (; lines > 0 && queue.offset < from.bytes; --lines, queue.offset += 64) {
+      __builtin_prefetch(at + queue.offset, 0, 2);
+    }
     if (queue.offset < from.bytes) return;
     ++queue.row, queue.offset = 0;
   }
-  for (; lines > 0 && queue.tail_bytes > 0; --lines, queue.tail += 64, queue.tail_bytes -= 64) fetch_line(queue.tail);
 }
 
 }  // namespace

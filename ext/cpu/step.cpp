@@ -57,18 +57,6 @@ void multiply_all(const StepMatrix* const* w, float* const* y, int count, const 
   for (int i = 0; i < count; ++i) add_bias(*w[i], y[i], rows);
 }
 
-// What a product reads first, by each thread from its share of it on.
-void first_read(const StepMatrix& w, AttentionArgs& to) {
-  if (w.packed.header != nullptr) {
-    const Panel& panel = w.packed.panel(0);
-    to.next = w.packed.at(panel.at);
-    to.next_bytes = threads() > 1 ? w.packed.tiles() * panel.tile_bytes : w.packed.header->bytes - panel.at;
-  } else {
-    to.next = w.dense.weight;
-    to.next_bytes = w.inputs * w.outputs * element_bytes(w.dense.dtype);
-  }
-}
-
 // Working memory of a pass, cut from one piece.
 struct Rooms {
   float *normed, *query, *key, *value, *mixed, *gate, *up;
@@ -230,7 +218,6 @@ class Pass {
     a.window = l.window;
     a.scale = m_.attention_scale, a.softcap = m_.attention_softcap;
     a.out = to_.mixed;
-    first_read(l.out, a);
     paged_attention_cpu(a);
     watch_.lap(Phase::attend);
   }

@@ -178,6 +178,18 @@ def test_without_marks_nothing_is_erased() -> None:
     assert session.send("a").text == "four" and session.voice == Voice()
 
 
+def test_a_note_takes_one_line_of_a_narrow_terminal() -> None:
+    terminal = Terminal(30, 6)
+    reply = StyledReply(Console(file=terminal, force_terminal=True, width=30, height=6, theme=THEME))
+    reply.waiting("thinking … 12 words · …\u4f60\u597d " + "and so on " * 5)
+    assert len(terminal.everything) == 1 and terminal.everything[0].startswith("thinking … 12 words")
+    reply.waiting("short")
+    assert terminal.everything == ["short"]
+    reply.text("Yes.")
+    reply.finish()
+    assert terminal.everything == ["Yes."]
+
+
 def test_thoughts_on_a_styled_terminal_are_dim_and_apart() -> None:
     terminal = Terminal(40, 12)
     console = Console(file=terminal, force_terminal=True, width=40, color_system="standard", theme=THEME)

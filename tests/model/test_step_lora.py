@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import Driven, linears_of, write_adapter
+from adapters import Driven, linears_of, shapes_of, write_adapter
 from conftest import unavailable
 from driving import batch_of, new_cache, open_model
 from quantize import quantize_folder
 from stepping import IDS
 from tiny import by_name, model_of, write
 
+import exl_runtime as exl
 from exl_runtime.cache.storage import KVStorage
 from exl_runtime.cache.types import FP32
 from exl_runtime.errors import NonFiniteError
@@ -144,6 +145,37 @@ def test_window_layers_with_pages_of_their_own(root, shared) -> None:
     found = Driven(model, mix).forward(apart, groups)
     assert torch.equal(found, Driven(model, mix).forward(batch, new_cache(model)))
     assert shared == [1, 1]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.1, "min_p": 0.02, "seed": 5}], ids=str)
+def test_replies_do_not_depend_on_who_draws(sampling, tmp_path, monkeypatch, demo) -> None:
+    """Requests with different adapters beside one without, drawn natively, from logits, and operator by operator."""
+    calls = []
+    original = Transformer.draw_plan
+
+    def counted(self, plan, *rest):
+        calls.append(plan)
+        return original(self, plan, *rest)
+
+    monkeypatch.setattr(Transformer, "draw_plan", counted)
+    params = exl.SamplingParams(ignore_eos=True, **sampling)
+    loras = [{"one": 1.0}, {}, {"one": 0.5, "two": -0.5}]
+
+    def replies() -> list[list[int]]:
+        with exl.load(demo, context=512, threads=1, speculate="off") as rt:
+            for seed, name in enumerate(("one", "two")):
+                shapes = shapes_of(rt._engine().model, ("q_proj", "down_proj"))
+                rt.load_lora(write_adapter(tmp_path / name, shapes, seed=seed), name)
+            alone = [rt.generate("Once upon", max_tokens=24, sampling=params, lora=lora).ids for lora in loras]
+            together = rt.generate(["Once upon", "The fox"], max_tokens=24, sampling=params, lora=loras[0])
+        return [*alone, *(result.ids for result in together)]
+
+    ours = replies()
+    assert any(plan.mixes for plan in calls) and len({tuple(ids) for ids in ours}) == 4
+    monkeypatch.setattr(Transformer, "draws", False)
+    assert replies() == ours
+    monkeypatch.setattr("exl_runtime.model.transformer.native_step", lambda *parts, **options: None)
+    assert replies() == ours
 
 
 def test_a_pass_that_is_refused_leaves_no_adapter_behind(root) -> None:
