@@ -213,7 +213,8 @@ def load(
         length = auto_context(spec, cache=kv_type, device=where, free=beside)
     geometry = geometry_of(spec, kv_type, length)
     if draft_folder is not None and draft_geometry(draft_folder, geometry, where) is None:
-        geometry = geometry_of(spec, kv_type)  # what one of the models still sees has to stay for both
+        report("the draft model looks back further than the model's windows: all pages are kept for both")
+        geometry = geometry_of(spec, kv_type)
     kv = KVStorage(geometry, cache_pages(geometry, length, device=where, free=room), where)
     if kernels == "cuda":
         pages = kv.layer(0)[0]

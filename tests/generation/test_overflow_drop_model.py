@@ -1,7 +1,7 @@
 """Turns that leave a real Transformer's conversation, against a float64 model that lists what every token sees."""
 
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -188,3 +188,20 @@ def test_what_was_partly_overwritten_is_not_half_used(root) -> None:
     fresh = generator_of(model, plain)
     fresh.run([Request(prompt=prompt, max_tokens=2, speculate="off")])
     assert result.prompt_tokens == len(prompt) and torch.equal(torch.stack(ours.rows), torch.stack(plain.rows))
+
+
+@pytest.mark.parametrize("cache", ["fp32", "q8"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_layers_with_windows_keep_less_and_lose_nothing(name, cache, backend, root) -> None:
+    """Where pages leave that no window sees, what it does see is moved along: `talk` counts what is computed."""
+    model = open_model(write(by_name(name), root), backend)
+    few, full = Recorder(), Recorder()
+    windows = tuple(layer.window for layer in model.spec.layers)
+    plain = generator_of(model, full, cache)
+    geometry = replace(plain.kv.geometry, windows=windows)
+    counts = [2 * geometry.pages_held(group, CONTEXT, 64) for group in geometry.groups]
+    kv = KVStorage(geometry, counts, torch.device("cpu"))
+    talk(Generator(model, kv, FakeTokenizer(), context=CONTEXT, make_sampler=lambda request, seed: few), LEAVE)
+    talk(plain, LEAVE)
+    ours, theirs = torch.stack(few.rows), torch.stack(full.rows)
+    assert torch.equal(ours, theirs) if backend == "cpu" else torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -173,7 +173,7 @@ def test_yielding_changes_no_token(pages: int) -> None:
 def test_the_highest_rank_is_never_interrupted() -> None:
     rig = Rig(pages=8, page_size=4, context=32)
     for k in range(5):
-        rig.generator.submit(replace(request([k, 1, 2], 24, seed=3, id=str(k)), priority=k == 3))
+        rig.generator.submit(replace(request([k, 1, 2], 24, seed=3, id=str(k)), priority=int(k == 3)))
     first_pass = {}
     while rig.generator.busy:
         rig.generator.step()
