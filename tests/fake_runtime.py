@@ -100,7 +100,7 @@ class FakeRuntime:
         self.remembered.append(text)
 
     @contextmanager
-    def held_kv(self, messages: list[dict[str, str]]) -> Iterator[Any]:
+    def held_kv(self, messages: list[dict[str, str]], *, past: bytes = b"") -> Iterator[Any]:
         """Keys and values are the text itself; they say which model made them."""
         ids = self.render(messages, add_generation_prompt=False).ids
         count = len(ids) if self._cached else 0

@@ -36,7 +36,7 @@ class Tmux:
         self._socket = f"{self._folder}/s"
         self._environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
         self._environment["PYTHONPATH"] = f"{repo}{os.pathsep}{repo / 'tests'}"
-        for name in ("TMUX", "NO_COLOR", "VISUAL", "EDITOR"):
+        for name in ("TMUX", "NO_COLOR", "VISUAL", "EDITOR", "DISPLAY", "WAYLAND_DISPLAY"):
             self._environment.pop(name, None)
         self._environment |= env
         self.run("new-session", "-d", "-x", "90", "-y", str(rows), "-c", str(state), "exec " + shlex.join(command))

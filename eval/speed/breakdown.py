@@ -260,7 +260,7 @@ def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
 
 def text_of(found: Breakdown) -> str:
     """A table, the products first."""
-    order = sorted(found.phases, key=lambda name: name not in PRODUCTS)
+    order = sorted((name for name in found.phases if found.phases[name]), key=lambda name: name not in PRODUCTS)
     table = Table([left("part"), right("us"), right("%")], caption=f"{found.threads} threads")
     for name, seconds in [*((name, found.phases[name]) for name in order), *found.around.items()]:
         table.add(name, f"{seconds * 1e6:.1f}", f"{100 * seconds / found.whole:.2f}")

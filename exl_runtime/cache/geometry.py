@@ -82,7 +82,7 @@ def first_seen(window: int | None, length: int, page_size: int) -> int:
 
 def pages_seen(window: int | None, new: int, page_size: int, most: int) -> int:
     """Most pages on which `new` tokens in a row and all that they see lie; without a window that is `most`."""
-    return most if window is None else (window + new - 2) // page_size + 2
+    return most if window is None else (window + new - 3) // page_size + 2
 
 
 def useful_window(window: int | None, context: int, page_size: int) -> int | None:

@@ -10,7 +10,7 @@ Pages are released leaf first, so a parent is always younger than its children, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import CacheFull
 from .geometry import PAGE_SIZE
@@ -18,6 +18,9 @@ from .prefix import TOKEN_BYTES, PrefixTree, chain, pack, root_key
 
 if TYPE_CHECKING:
     from .tiers import Tiers
+
+
+Place: TypeAlias = tuple[bytes, bytes, bytes]  # of a full page: key of what is before it, its tokens (`pack`), its key
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,26 +132,19 @@ class PageTable:
         self._acquire(found[0])
         return found
 
-    def has(self, key: bytes) -> bool:
-        """True while a full page with this key can be found."""
-        return self._tree.find(key) is not None
-
-    def reach(self, keys: Sequence[bytes], parent: bytes, tokens: Sequence[int]) -> Match:
-        """Acquire the full pages with these keys, which follow each other and are all there, whatever has become of
-        what was before them; then part of one more, whose key follows `parent`, that begins like `tokens`."""
-        pages = []
-        for key in keys:
-            page = self._tree.find(key)
-            assert page is not None, "a page is gone"
-            self._acquire(page)
+    def reach(self, wanted: Sequence[Place], parent: bytes, tokens: Sequence[int]) -> Match | None:
+        """Acquire these full pages, which follow each other, whatever has become of what was before them; then part of
+        one more, whose key follows `parent`, that begins like `tokens`. None: one of them does not come back."""
+        pages: list[int] = []
+        for place in wanted:
+            page = self.claim(*place)
+            if page is None:
+                self.release(pages)
+                return None
+            if not pages:
+                self._tree.detach(page)
             pages.append(page)
-        if pages:
-            self._tree.detach(pages[0])
-        found = self._tree.longest(parent, pack(tokens))
-        if found is None:
-            return Match(pages, [*keys], None, 0)
-        self._acquire(found[0])
-        return Match(pages, [*keys], *found)
+        return Match(pages, [place[2] for place in wanted], *self.claim_part(parent, pack(tokens)))
 
     def detach(self, page: int) -> None:
         """What comes before `page` is about to be released; the page itself stays in use."""

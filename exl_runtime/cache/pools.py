@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CacheFull, UsageError
 from .geometry import CacheGeometry, first_seen, pages_seen, useful_window
-from .pages import Match, PageCopy, PageTable
+from .pages import Match, PageCopy, PageTable, Place
 from .prefix import chain, pack, root_key
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class Pool:
         """The first page in sight of the token behind `length` ones, and of all later ones."""
         return first_seen(self.window, length, self.table.page_size)
 
+    def sees(self, length: int, start: int) -> bool:
+        """Whether, with a window, the token behind `length` ones sees any before `start`."""
+        return self.window is not None and max(0, length - self.window + 1) < start
+
     def entries(self, gone: int, count: int) -> int:
         """How long the list of a sequence with `count` pages gets when the first `gone` have left."""
         return count if self.window is None else min(count, gone + self.most)
@@ -75,6 +79,11 @@ class Hit:
     @property
     def shared(self) -> int:
         return self.matches[0].shared
+
+    @property
+    def held(self) -> list[Held]:
+        """In every pool all pages that were acquired, and those in front of them."""
+        return [Held(m.pages + ([] if m.source is None else [m.source]), m.gone) for m in self.matches]
 
 
 class _Prefix:
@@ -165,21 +174,38 @@ class Pools:
         rest = pack(tokens[at : min(at + self.page_size, limit)])
         return self._joined(prefix.keys[:count], claimed, [pool.table.claim_part(key, rest) for pool in self.all])
 
-    def reach(self, keys: Sequence[bytes], counts: Sequence[int], parent: bytes, tokens: Sequence[int]) -> Hit:
-        """See `PageTable.reach`: in every pool the last of these keys, as many as `counts` says. `gone` entries are
+    def reach(self, places: Sequence[Place], counts: Sequence[int], parent: bytes, tokens: Sequence[int]) -> Hit | None:
+        """See `PageTable.reach`: in every pool the last of these pages, as many as `counts` says. `gone` entries are
         put before them where there is a window, so that all keys have their place."""
         matches, parts = [], []
         for pool, count in zip(self.all, counts, strict=True):
-            match = pool.table.reach(keys[len(keys) - count :], parent, tokens)
-            gone = 0 if pool.window is None else len(keys) - count
-            matches.append(Match([0] * gone + match.pages, [], None, 0, gone))
+            match = pool.table.reach(places[len(places) - count :], parent, tokens)
+            if match is None:
+                self.give_up(Hit([], tuple(matches)))
+                return None
+            gone = 0 if pool.window is None else len(places) - count
+            matches.append(Match([0] * gone + match.pages, [], match.source, match.shared, gone))
             parts.append((match.source, match.shared))
-        return self._joined([*keys], matches, parts)
+        return self._joined([place[2] for place in places], matches, parts)
 
     def give_up(self, hit: Hit) -> None:
         """Release what was acquired."""
         for pool, match in zip(self.all, hit.matches, strict=False):  # not in all pools, where one failed
             pool.table.release(match.held)
+
+    def reached(self, hit: Hit) -> int:
+        """Tokens of a hit."""
+        return len(hit.keys) * self.page_size + hit.shared
+
+    def empty(self, gone: int) -> Hit:
+        """Nothing acquired, for who goes on behind so many tokens without it."""
+        firsts = [pool.first(gone) for pool in self.all]
+        return Hit([], tuple(Match([0] * first, [], None, 0, first) for first in firsts))
+
+    def let_go(self, held: Sequence[Held]) -> None:
+        """Release these pages."""
+        for pool, mine in zip(self.all, held, strict=False):
+            pool.table.release(mine.pages[mine.gone :])
 
     def lend(self, tokens: int, new: int) -> list[list[int]]:
         """Pages of every pool for `tokens` tokens that nobody else will see, computed `new` at a time.
@@ -232,10 +258,12 @@ class Pools:
         return pages, tuple(copies)
 
     def seal(self, held: Sequence[Held], page: int, parent: bytes, tokens: Sequence[int]) -> tuple[bool, bytes]:
-        """Page number `page` of a sequence is full in every pool: whether it is another one now, and its key."""
-        changed = False
+        """Page number `page` of a sequence is full, in pools where it is in sight: whether it changed, and its key."""
+        changed, key = False, chain(parent, pack(tokens))
         for pool, mine in zip(self.all, held, strict=True):
-            kept, key = pool.table.seal(mine.pages[page], parent, tokens)
+            if page < mine.gone:
+                continue
+            kept, _ = pool.table.seal(mine.pages[page], parent, tokens)
             changed |= kept != mine.pages[page]
             mine.pages[page] = kept
         return changed, key

@@ -17,6 +17,7 @@ from ..ops.kv_quant import dequantize, quantize
 from ..ops.rope import rope
 from .rows import move_rows, slots_of, write_rows
 from .storage import KVStorage
+from .tiers import Part
 
 # layer, planned tokens -> radians per position; None where keys know no position
 Frequencies: TypeAlias = Callable[[int, int], Tensor | None]
@@ -57,7 +58,7 @@ class SinkKeeper:
         """A copy of what these pages hold, found again under `key`."""
         stores = []
         for kv, _ in self._stores:
-            layers = (kv.layer(index) for index in kv.geometry.groups[0].layers)
+            layers = (kv.layer(index) for index in _layers(kv))
             stores.append(tuple((keys[list(pages)], values[list(pages)]) for keys, values in layers))
         sinks = Sinks(tuple(stores))
         self._kept.pop(key, None)
@@ -76,17 +77,23 @@ class SinkKeeper:
             size = kv.geometry.page_size
             count = len(pages) * size if tokens is None else tokens
             slots = slots_of(pages, size, 0, count)
-            for index, (keys, values) in zip(kv.geometry.groups[0].layers, layers, strict=True):
+            for index, (keys, values) in zip(_layers(kv), layers, strict=True):
                 k_pages, v_pages = kv.layer(index)
                 some, inv_freq = keys.flatten(0, 1)[None, :count], frequencies(index, planned)
                 turned = shifted(some, inv_freq, shift, kv.geometry.head_dim, kv.geometry.type.key_bits)
                 write_rows(k_pages, slots, turned[0])
                 write_rows(v_pages, slots, values.flatten(0, 1)[:count])
 
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy what other tokens have in these slots, see `move_rows`."""
+    def move(self, group: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy what other tokens have in these slots of a group of layers, see `move_rows`."""
         for kv, _ in self._stores:
-            move_rows(kv, sources, targets)
+            move_rows(Part.of(kv, group), sources, targets)
+
+
+def _layers(kv: KVStorage) -> tuple[int, ...]:
+    """The layers that see all."""
+    first = kv.geometry.groups[0]
+    return first.layers if first.window is None else ()
 
 
 def shifted(keys: Tensor, inv_freq: Tensor | None, shift: int, head_dim: int, key_bits: int = 0) -> Tensor:

@@ -5,7 +5,9 @@
 footer   bytes of the index (8), CRC-32 of the index (4), little endian, and END
 index    version, `identity` (see `Identity`), `root` and `tokens` (what the chained hashes are made of), and for each
          page its tokens and the CRC-32 of its image. Where layers have windows: `windows` of all layers and, of every
-         group of layers, how many first pages are `gone`; the images and pages of the groups follow each other
+         group of layers, how many first pages are `gone`; the images and pages of the groups follow each other.
+         `roll`: pages and sinks of a window that rolled; of its first `gone` pages only the sinks are there, as first
+         computed. `more`: what its writer wants to know again
 
 Images as in `tiers.py`, in the machine's byte order. What cannot be used is refused in one line: a file of another
 model or cache when it is opened, a damaged page when it is read; what is missing is computed anew. Writes no file:
@@ -17,8 +19,8 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from .geometry import CacheGeometry
 from .pools import Hit, Pools
 from .prefix import Node, chain, pack, root_key
 from .tiers import Pages, Part, Tier, read_page
+from .window import Roll
 
 START = b"exl-kv-pages 1\n\0"
 END = b"exl-kv-end\n"
@@ -81,12 +84,19 @@ DIFFERENCES = {
 @dataclass(frozen=True, slots=True)
 class Contents:
     """A prefix in the cache: `tokens` under `root`, and in every pool the `pages` that hold them, all of them full but
-    the last; the first `gone` are not there."""
+    the last; the first `gone` are not there, but for the sinks of a `roll`. more: see `Snapshot.more`."""
 
     root: bytes
     tokens: Sequence[int]
     pages: Sequence[Sequence[int]]
     gone: Sequence[int] = (0,)
+    roll: Roll | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        """Pages that are not there, of every group of layers."""
+        return [gone - (0 if self.roll is None else self.roll.sinks) for gone in self.gone]
 
 
 def longest_contents(pools: Pools, roots: Iterable[bytes], tokens: Sequence[int]) -> tuple[Contents, Hit]:
@@ -94,18 +104,17 @@ def longest_contents(pools: Pools, roots: Iterable[bytes], tokens: Sequence[int]
     best, kept = Contents(root_key(0), (), ((),)), Hit([], ())
     for root in roots:
         hit = pools.match(tokens, root=root)
-        count = len(hit.keys) * pools.page_size + hit.shared
+        count = pools.reached(hit)
         if count > len(best.tokens):
             hit, kept = kept, hit
-            pages = [[*match.pages, *([] if match.source is None else [match.source])] for match in kept.matches]
-            best = Contents(root, tuple(tokens[:count]), pages, [match.gone for match in kept.matches])
+            best = Contents(root, tuple(tokens[:count]), [h.pages for h in kept.held], [h.gone for h in kept.held])
         pools.give_up(hit)
     return best, kept
 
 
 def snapshot_bytes(geometry: CacheGeometry, tokens: int, gone: Sequence[int] = (0,)) -> int:
     """About how large the file for that many tokens is: exact but for the index, which takes some bytes a token.
-    `gone`: see `Contents`."""
+    `gone`: see `Contents.missing`."""
     size, total = geometry.page_size, tokens * 6 + 512
     for group, pages in zip(geometry.groups, gone, strict=True):
         total += (tokens - pages * size) * geometry.bytes_of(group) // size + (geometry.pages_for(tokens) - pages) * 40
@@ -119,7 +128,9 @@ def pieces(kv: Pages, contents: Contents, identity: Identity) -> Iterator[bytes 
     yield START
     for group, (held, gone) in enumerate(zip(contents.pages, contents.gone, strict=True)):
         part = Part.of(kv, group)
-        for number, page in enumerate(held[gone:], gone):
+        for number, page in enumerate(held):
+            if (0 if contents.roll is None else contents.roll.sinks) <= number < gone:
+                continue
             count = min(size, len(contents.tokens) - number * size)
             image = memoryview(read_page(part, page, count).numpy())
             pages.append({"tokens": count, "sum": zlib.crc32(image)})
@@ -132,7 +143,13 @@ def pieces(kv: Pages, contents: Contents, identity: Identity) -> Iterator[bytes 
         "pages": pages,
     }
     if kv.geometry.windows:
-        index |= {"windows": kv.geometry.windows, "gone": list(contents.gone)}
+        index["windows"] = kv.geometry.windows
+    if kv.geometry.windows or contents.roll is not None:
+        index["gone"] = list(contents.gone)
+    if contents.roll is not None:
+        index["roll"] = [contents.roll.pages, contents.roll.sinks]
+    if contents.more:
+        index["more"] = dict(contents.more)
     text = json.dumps(index, separators=(",", ":")).encode("ascii")
     yield text
     yield FOOTER.pack(len(text), zlib.crc32(text)) + END
@@ -143,6 +160,7 @@ class Snapshot:
 
     tiers  for every group of layers, to be asked for its pages
     held   tokens in it
+    more   what its writer wanted to be known again: checked by nobody here
     """
 
     def __init__(self, path: Path, descriptor: int, index: dict[str, Any], geometry: CacheGeometry) -> None:
@@ -151,13 +169,15 @@ class Snapshot:
         self.nbytes = os.fstat(descriptor).st_size
         self.held = len(index["tokens"])
         self.root = bytes.fromhex(index["root"])
+        self.more: dict[str, Any] = index.get("more", {})
         self._descriptor = descriptor
         sums, offset = iter(index["pages"]), len(START)
         tiers = []
+        roll = Roll(*index["roll"], geometry.page_size) if "roll" in index else None
         for group, gone in zip(geometry.groups, index.get("gone", (0,)), strict=True):
             tier = DiskTier(self)
-            for slot, node in enumerate(_nodes(self.root, index["tokens"], geometry.page_size)):
-                if slot < gone:
+            for slot, node in enumerate(_nodes(self.root, index["tokens"], geometry.page_size, roll)):
+                if (0 if roll is None else roll.sinks) <= slot < gone:
                     continue
                 length = node.tokens * geometry.bytes_of(group) // geometry.page_size
                 tier.put(slot, node, (offset, length, next(sums)["sum"]))
@@ -243,10 +263,12 @@ class DiskTier(Tier):
         return StorageError(f"{name}: page {slot} of the keys and values: {why}; computing from there on")
 
 
-def _nodes(root: bytes, tokens: Sequence[int], size: int) -> Iterator[Node]:
+def _nodes(root: bytes, tokens: Sequence[int], size: int, roll: Roll | None) -> Iterator[Node]:
     """What the pages of a conversation hold."""
     parent = root
     for number in range(-(-len(tokens) // size)):
+        if roll is not None and roll.gone(number):
+            parent = roll.mark(parent)
         packed = pack(tokens[number * size : (number + 1) * size])
         key = chain(parent, packed) if (number + 1) * size <= len(tokens) else None
         yield Node(parent, packed, key, number == 0)
@@ -295,19 +317,30 @@ def _check(path: Path, descriptor: int, index: dict[str, Any], identity: Identit
     counts = [size] * (len(tokens) // size) + ([len(tokens) % size] if len(tokens) % size else [])
     if not isinstance(gone, list) or len(gone) != len(groups) or not all(type(n) is int and n >= 0 for n in gone):
         raise _refused(path, "damaged")
+    roll = index.get("roll", [])
+    if (
+        not isinstance(roll, list)
+        or len(roll) not in (0, 2)
+        or not all(type(n) is int and 0 < n < 1 << 31 for n in roll)
+    ):
+        raise _refused(path, "damaged")
+    if not isinstance(index.get("more", {}), dict) or (roll and roll[1] > min(gone)):
+        raise _refused(path, "damaged")
+    sinks = roll[1] if roll else 0
+    kept = [[*counts[:sinks], *counts[max(first, sinks) :]] for first in gone]
     good = (
         isinstance(root, str)
         and len(root) == 2 * DIGEST
         and set(root) <= set("0123456789abcdef")
         and isinstance(pages, list)
         and all(isinstance(page, dict) and type(page.get("sum")) is int for page in pages)
-        and [page.get("tokens") for page in pages] == [count for first in gone for count in counts[first:]]
+        and [page.get("tokens") for page in pages] == [count for group in kept for count in group]
     )
     if not good:
         raise _refused(path, "damaged")
     room = os.fstat(descriptor).st_size - len(START) - FOOTER.size - len(END)
-    kept = zip(groups, gone, strict=True)
-    if sum(sum(counts[first:]) * geometry.bytes_of(group) // size for group, first in kept) > room:
+    held = zip(groups, kept, strict=True)
+    if sum(sum(counts) * geometry.bytes_of(group) // size for group, counts in held) > room:
         raise _refused(path, "cut short")
 
 

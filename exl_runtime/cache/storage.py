@@ -34,6 +34,8 @@ class KVStorage:
         free = free_memory(self.device)
         if self.nbytes > free:
             raise self._too_large(free)
+        placed = {layer: number for number, group in enumerate(groups) for layer in group.layers}
+        self.group_of = [placed[layer] for layer in range(geometry.layers)]  # by layer
         self.parts: list[tuple[Tensor, Tensor]] = []  # of every group, keys and values
         self._layers: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * geometry.layers
         try:

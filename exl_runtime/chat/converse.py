@@ -1,6 +1,7 @@
 """One exchange on a screen: the events of a reply become text, notices and a status line. Knows no commands."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import ExlError
 from ..generation.request import Result
@@ -12,6 +13,9 @@ from .screen import Screen
 from .session import ChatSession
 from .thinking import Part, Voice
 from .tree import Node
+
+NOTE_SECONDS = 0.1  # between two notes of what is being thought
+TAIL = 48  # characters of it that such a note shows
 
 
 def show_reply(
@@ -72,8 +76,15 @@ def show_reply(
 class Shown:
     """What of a reply is on the screen: the answer, and its thoughts as the settings want them."""
 
-    def __init__(self, session: ChatSession, reply: Reply, begun: Node | None = None) -> None:
+    def __init__(
+        self,
+        session: ChatSession,
+        reply: Reply,
+        begun: Node | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._reply = reply
+        self._clock, self._next_note = clock, 0.0
         self._mode = session.settings.thoughts
         voice = session.voice if session.settings.grammar is None else Voice()
         self._reading = voice.reading(begun)
@@ -91,8 +102,11 @@ class Shown:
     def take(self, event: Text) -> None:
         """Show the next piece."""
         self._show(self._reading.take(event))
-        if self._reading.thinking and not self.anything:
-            self._reply.waiting(f"thinking … {status.count(self._reading.words)} words")
+        if self._reading.thinking and not self.anything and (now := self._clock()) >= self._next_note:
+            self._next_note = now + NOTE_SECONDS  # long thoughts are not to be counted for every token
+            last = " ".join(self._reading.thoughts[-TAIL:].split()) if self._mode == "fold" else ""
+            count = f"thinking … {status.count(self._reading.words)} words"
+            self._reply.waiting(f"{count} · …{last}" if last else count)
 
     def finish(self) -> None:
         """Show the rest."""

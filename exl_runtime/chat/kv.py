@@ -54,8 +54,8 @@ class KVBeside:
     `due`: a reply was made since. `problem` is why a snapshot could not be used, until somebody has read it out.
     """
 
-    def __init__(self, ask: "Callable[[], tuple[Runtime, Messages]]") -> None:
-        """`ask`: the present model, and the messages it sees."""
+    def __init__(self, ask: "Callable[[], tuple[Runtime, Messages, bytes]]") -> None:
+        """`ask`: the present model, the messages it sees, and the digest of those before them (`tokenizer.past`)."""
         self._ask = ask
         self.auto = False
         self.due = False
@@ -64,15 +64,15 @@ class KVBeside:
 
     def size(self) -> KVSize:
         """What `save` would write now. Raises UsageError: nothing is in the cache."""
-        runtime, messages = self._asked()
-        with runtime.held_kv(messages) as held:
+        runtime, messages, past = self._asked()
+        with runtime.held_kv(messages, past=past) as held:
             _require(held.tokens)
             return KVSize(held.tokens, held.nbytes)
 
     def save(self, path: Path) -> KVSize:
         """Write what the cache holds of this conversation beside `path`. Raises SessionError, UsageError."""
-        runtime, messages = self._asked()
-        with runtime.held_kv(messages) as held:
+        runtime, messages, past = self._asked()
+        with runtime.held_kv(messages, past=past) as held:
             _require(held.tokens)
             there = kv_path(path)
             try:
@@ -113,11 +113,11 @@ class KVBeside:
         problem, self.problem = self.problem, None
         return problem
 
-    def _asked(self) -> "tuple[Runtime, Messages]":
-        runtime, messages = self._ask()
+    def _asked(self) -> "tuple[Runtime, Messages, bytes]":
+        runtime, messages, past = self._ask()
         if not any(message["role"] != "system" for message in messages):
             raise UsageError("nothing was said yet")
-        return runtime, messages
+        return runtime, messages, past
 
 
 def _require(tokens: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from ..console.terminal import clean
 from .blocks import BlockSplitter
@@ -96,7 +97,8 @@ class StyledReply:
         """A dim line in place of the text that is not there yet."""
         if self._first:
             with self._console.capture() as capture:
-                self._console.print(clean(note), style="dim", end="", markup=False, highlight=False, crop=True)
+                line = Text(" ".join(clean(note).split()), style="dim")
+                self._console.print(line, width=self._region.width, no_wrap=True, overflow="ellipsis", end="")
             self._region.frame([], [capture.get()])
 
     def thought(self, piece: str) -> None:

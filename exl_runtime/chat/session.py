@@ -78,7 +78,7 @@ class ChatSession(Branching):
         self._voice: Voice | None = None
         system = checked(system, "the system prompt") if system is not None else None
         super().__init__(Record(Transcript(system=system, model=runtime.info.name), settings))
-        self.kv = KVBeside(lambda: (self.runtime, self.seen_messages))
+        self.kv = KVBeside(lambda: (self.runtime, self.seen_messages, self._past_of(self.turns)))
         self._stream: Stream | None = None  # of the reply that is being made
         self._stop_asked = False
         self._past = Past()
@@ -343,6 +343,10 @@ class ChatSession(Branching):
         yield Finished(collected.request_id, result)
 
     # --- helpers ----------------------------------------------------------------------------------------------
+
+    def _past_of(self, turns: tuple[Turn, ...]) -> bytes:
+        """What stands for those of them that have left."""
+        return self._past.of(turns[: self._left], lambda turn: turn.message)
 
     def _messages(self, turns: tuple[Turn, ...]) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]

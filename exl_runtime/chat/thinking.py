@@ -90,13 +90,16 @@ class Voice:
 
     def heard(self, events: Iterable[Event]) -> Iterator[Event]:
         """Events of a stream that was made with `options`, without the special tokens that are no marks."""
+        if not self.hidden:
+            yield from events
+            return
         eraser = Eraser(self.hidden)
         for event in events:
             if isinstance(event, Text):
                 text = eraser.push(event.text)
                 if text or event.ids:
                     yield replace(event, text=text)
-            elif isinstance(event, Finished) and self.hidden:
+            elif isinstance(event, Finished):
                 if rest := eraser.finish():
                     yield Text(event.request_id, rest, (), None)
                 yield replace(event, result=replace(event.result, text=self._erased(event.result.text)))

@@ -8,14 +8,16 @@ same turns (`Left`) may find them, all of what was in place when they left; else
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
-from ..cache.pages import Match, PageTable
+from ..cache.pools import Held, Hit, Pools
 from ..cache.prefix import common_tokens, pack
 from ..cache.rows import slots_of
 from ..cache.sinks import SinkKeeper, Sinks
+from ..errors import StorageError
 from .sequence import Sequence
 
 KEPT = 64  # conversations that are remembered,
@@ -38,6 +40,11 @@ class State:
     shift: int
     until: int
 
+    def to_json(self, past: bytes) -> dict[str, Any]:
+        """What `Dropper.learn` takes, less the root; `past`: what left."""
+        names = ("head", "shift", "until")
+        return {"past": past.hex(), "base": self.base.hex(), **{name: getattr(self, name) for name in names}}
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -45,7 +52,7 @@ class Move:
     later there. `sinks`: the first state.head tokens as first computed; None: they are computed again."""
 
     state: State
-    held: list[int]
+    held: list[Held]
     start: int
     gap: int
     sinks: Sinks | None
@@ -58,14 +65,14 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a sequence can go on: behind `match`, found in `state` (None: nothing ever left), or behind `move`."""
+    """Where a sequence can go on: behind `hit`, found in `state` (None: nothing ever left), or behind `move`."""
 
-    match: Match
+    hit: Hit
     state: State | None = None
     move: Move | None = None
 
     @property
-    def held(self) -> list[int]:
+    def held(self) -> list[Held]:
         """Pages that are held until the sequence has its own."""
         return [] if self.move is None else self.move.held
 
@@ -73,8 +80,8 @@ class Start:
 class Dropper:
     """Finds and makes such states. Not thread-safe, as the scheduler around it; but for `knows`."""
 
-    def __init__(self, table: PageTable, sinks: SinkKeeper) -> None:
-        self.table = table
+    def __init__(self, pools: Pools, sinks: SinkKeeper) -> None:
+        self.pools = pools
         self.sinks = sinks
         self._states: dict[bytes, dict[bytes, State]] = {}  # what left -> root -> state; the latest last
 
@@ -82,34 +89,50 @@ class Dropper:
         """True when a conversation went on after exactly these turns had left. From any thread."""
         return past in self._states
 
+    def states(self, past: bytes) -> list[State]:
+        """How conversations that lost these turns may lie in the cache, the latest first."""
+        return [*reversed(list(self._states.get(past, {}).values()))]
+
+    def learn(self, root: bytes, given: Mapping[str, Any]) -> None:
+        """Note a state that somebody else had, `given` by `State.to_json`. Raises StorageError where it is none."""
+        try:
+            head, shift, until = (int(given[name]) for name in ("head", "shift", "until"))
+            past, base = (bytes.fromhex(given[name]) for name in ("past", "base"))
+            if not (0 < head < until < 1 << 31 and 0 < shift < 1 << 40 and len(past) == len(base) == len(root)):
+                raise ValueError(given)
+        except (KeyError, TypeError, ValueError) as err:
+            raise StorageError("a snapshot says of turns that left what cannot be") from err
+        self._remember(past, State(root, base, head, shift, until))
+
     def find(self, sequence: Sequence, limit: int) -> Start:
         """The best place to go on with a sequence that waits, and that has lost turns; its pages are acquired."""
         left = sequence.left_turns
         assert left is not None
-        tokens, size = sequence.tokens, self.table.page_size
-        best = Start(self.table.match(tokens, root=sequence.base, limit=limit))
-        most = len(best.match.pages) * size + best.match.shared
+        tokens, pools = sequence.tokens, self.pools
+        best = Start(pools.match(tokens, root=sequence.base, limit=limit))
+        most = pools.reached(best.hit)
         for state in self._known(left.past, sequence.base):
-            match = self.table.match(tokens, root=state.root, limit=limit)
-            reached = len(match.pages) * size + match.shared
+            hit = pools.match(tokens, root=state.root, limit=limit)
+            reached = pools.reached(hit)
             better = reached >= most if best.state is None else reached > most
             if better and reached >= state.until:
                 self.leave(best)
-                best, most = Start(match, state), reached
+                best, most = Start(hit, state), reached
             else:
-                self.leave(Start(match))
+                pools.give_up(hit)
         if left.whole:
             move = self._move(sequence)
             if move is not None and move.reused > most:
                 self.leave(best)
-                best = Start(Match([], [], None, 0), move.state, move)
+                best = Start(pools.empty(move.state.until), move.state, move)
             elif move is not None:
-                self.table.release(move.held)
+                pools.let_go(move.held)
         return best
 
     def leave(self, start: Start) -> None:
         """The sequence does not go on there."""
-        self.table.release([*_all(start.match), *start.held])
+        self.pools.give_up(start.hit)
+        self.pools.let_go(start.held)
 
     def adopt(self, sequence: Sequence, start: Start) -> int:
         """The sequence has pages for all its tokens and goes on at `start`. How many were moved into place."""
@@ -121,9 +144,11 @@ class Dropper:
         sequence.root, sequence.shift = state.root, state.shift
         if move is None:
             return 0
-        size = self.table.page_size
-        sources = slots_of(move.held, size, move.start + move.gap, state.until + move.gap)
-        self.sinks.move(sources, slots_of(sequence.pages, size, move.start, state.until))
+        size, until, gap = self.pools.page_size, state.until, move.gap
+        for group, (pool, was, now) in enumerate(zip(self.pools, move.held, sequence.held, strict=True)):
+            start = move.start if pool.window is None else max(move.start, until - pool.window + 1)
+            sources = slots_of(was.pages, size, start + gap, until + gap)
+            self.sinks.move(group, sources, slots_of(now.pages, size, start, until))
         if move.sinks is not None:
             shift, planned = state.shift, sequence.planned
             self.sinks.write(move.sinks, sequence.pages, shift=shift, planned=planned, tokens=state.head)
@@ -134,8 +159,7 @@ class Dropper:
 
     def _known(self, past: bytes, base: bytes) -> Iterator[State]:
         """The latest first."""
-        states = self._states.get(past, {})
-        return (state for state in reversed(list(states.values())) if state.base == base)
+        return (state for state in self.states(past) if state.base == base)
 
     def _remember(self, past: bytes, state: State | None) -> None:
         states = self._states.pop(past, {})
@@ -164,7 +188,7 @@ class Dropper:
             if found is not None and (best is None or found.reused > best.reused):
                 found, best = best, found
             if found is not None:
-                self.table.release(found.held)
+                self.pools.let_go(found.held)
         return best
 
     def _behind(
@@ -172,20 +196,23 @@ class Dropper:
     ) -> Move | None:
         """What can be taken from the pages of `whole` in the state `before`. The last token is computed in any case:
         its logits are wanted. begin, end: tokens that `whole` and the sequence have in common there."""
-        table, tokens = self.table, sequence.tokens
+        pools, tokens = self.pools, sequence.tokens
         root = sequence.base if before is None else before.root
-        match = table.match(whole, root=root, limit=len(whole) - 1)
-        held = _all(match)
-        reached = len(match.pages) * table.page_size + match.shared
+        hit = pools.match(whole, root=root, limit=len(whole) - 1)
+        held, reached = hit.held, pools.reached(hit)
         # Only what nobody has turned yet can be turned; and behind it everything is where it was computed.
         head = min(begin, len(tokens) - 1, reached, begin if before is None else before.head)
         start = max(len(tokens) - end, head)
         until = reached - gap
         if head < 1 or until <= start or (before is not None and reached < before.until):
-            table.release(held)
+            pools.let_go(held)
             return None
         key = _key(b"head", sequence.base, tokens[:head])
-        sinks = self.sinks.find(key) or self._keep(key, sequence, head, held if before is None else None)
+        sinks = self.sinks.find(key) or self._keep(key, sequence, head, held[0].pages if before is None else None)
+        # Where windows have let go of the first tokens, nothing but what comes from behind the gap may be in sight.
+        if pools.slide and (sinks is None or start > head or any(pool.sees(until, start) for pool in pools)):
+            pools.let_go(held)
+            return None
         shift = gap + (0 if before is None else before.shift)
         shape = struct.pack("<qqqq", head, start, gap, sinks is None)
         state = State(_key(b"left" + shape, root, whole[:reached]), sequence.base, head, shift, until)
@@ -193,19 +220,17 @@ class Dropper:
 
     def _keep(self, key: bytes, sequence: Sequence, head: int, held: list[int] | None) -> Sinks | None:
         """Keep the first `head` tokens as they are in the pages `held`, or in any that begin like them."""
-        size = self.table.page_size
+        pools = self.pools
+        if pools[0].window is not None:  # nobody sees them again
+            return self.sinks.keep(key, [])
         if held is not None:
-            return self.sinks.keep(key, held[: -(-head // size)])
-        match = self.table.match(sequence.tokens, root=sequence.base, limit=head)
-        there = len(match.pages) * size + match.shared >= head
-        sinks = self.sinks.keep(key, _all(match)) if there else None
-        self.table.release(_all(match))
+            return self.sinks.keep(key, held[: -(-head // pools.page_size)])
+        # In the first pool alone: it is the one whose layers still see them.
+        match = pools[0].table.match(sequence.tokens, root=sequence.base, limit=head)
+        there = len(match.pages) * pools.page_size + match.shared >= head
+        sinks = self.sinks.keep(key, match.held) if there else None
+        pools[0].table.release(match.held)
         return sinks
-
-
-def _all(match: Match) -> list[int]:
-    """Every page that was acquired with a match."""
-    return [*match.pages, *([] if match.source is None else [match.source])]
 
 
 def _key(kind: bytes, root: bytes, tokens: list[int]) -> bytes:

@@ -74,8 +74,8 @@ class Engine:
     def step(self, events: list[Event]) -> None:
         """One forward pass over everything that can run; what came of it is appended to `events`."""
         begun = self._clock()
-        if self.scheduler.waiting:
-            self._runner.halt()  # pages change hands
+        if not self.scheduler.closed:
+            self._runner.halt()  # a newcomer is in the next pass, and may have pages copied
         self._speculator.plan(self.scheduler.running)
         step = self.scheduler.schedule()
         self._announce(step, events)
@@ -165,7 +165,7 @@ class Engine:
 
     def _onward(self, chunks: Many[Chunk]) -> Onward:
         """What of the next step can be begun already, given that `_hows` found a way for this one."""
-        if self.scheduler.waiting:
+        if not self.scheduler.closed:
             return NO_MORE
         return onward(chunks, page_size=self._kv.page_size, context=self._context)
 

@@ -19,9 +19,10 @@ from ..cache.pools import Pools, unrolled
 from ..cache.pools import capacity as capacity_of
 from ..cache.prefix import root_key
 from ..cache.sinks import SinkKeeper
-from ..cache.snapshot import Contents, Snapshot, longest_contents
+from ..cache.snapshot import Contents, Snapshot
 from ..cache.storage import KVStorage
 from ..cache.tiers import tiers_of
+from ..cache.window import roll_for
 from ..errors import PromptTooLong, UsageError
 from ..model.angles import key_frequencies
 from ..model.graph import Recordable, Recorder
@@ -30,6 +31,7 @@ from .decoding import Decoder
 from .drafting import Drafter
 from .dropping import Dropper
 from .engine import Engine
+from .holding import hold
 from .intake import Intake, MakeSampler
 from .request import Request, Result
 from .rolling import Roller
@@ -99,13 +101,13 @@ class Generator:
         if draft is not None:
             stores.append((draft[1], key_frequencies(draft[0].spec)))
         sinks = SinkKeeper(stores)
-        self._dropper = Dropper(self.table, sinks)
+        self._roller, self._dropper = Roller(self.pools, sinks), Dropper(self.pools, sinks)
         self._scheduler = Scheduler(
             self.pools,
             prefill_tokens=prefill_tokens,
             max_running=max_running,
-            roller=Roller(self.pools, sinks),
-            dropper=None if self.pools.slide else self._dropper,
+            roller=self._roller,
+            dropper=self._dropper,
         )
         self._runner = Runner(model, kv)
         drafter = None if draft is None else Drafter(*draft, vocab_size=model.spec.vocab_size)
@@ -252,22 +254,27 @@ class Generator:
                 tiers.clear()
 
     @contextmanager
-    def holding(self, tokens: Many[int]) -> Iterator[Contents]:
-        """The longest beginning of `tokens` in the cache; its pages stay as they are until the end of the block."""
+    def holding(self, tokens: Many[int], *, past: bytes = b"", keep: int | None = None) -> Iterator[Contents]:
+        """What the cache has of `tokens`; its pages stay as they are until the end of the block. past: of turns that
+        left before them, see `Left`; keep: as in a `Request`, where the conversation may have rolled."""
+        roll = None if keep is None else roll_for(self.context, keep, self.kv.page_size)
         with self._own_turn():
-            contents, hit = longest_contents(self.pools, reversed(self._roots), tokens)
+            held = hold(self._roller, self._dropper, tokens, roots=[*reversed(self._roots)], past=past, roll=roll)
         try:
-            yield contents
+            yield held.contents
         finally:
             with self._own_turn():
-                self.pools.give_up(hit)
+                held.release()
 
     def attach(self, snapshot: Snapshot) -> None:
-        """Let prompts begin with what this snapshot holds."""
+        """Let prompts begin with what this snapshot holds. Raises StorageError."""
         with self._own_turn():
+            if left := snapshot.more.get("left"):
+                self._dropper.learn(snapshot.root, left)
             for tiers, tier in zip(self._below, snapshot.tiers, strict=True):
                 tiers.add(tier)
-            self._note_root(snapshot.root)
+            if not left:
+                self._note_root(snapshot.root)
 
     def detach(self, snapshot: Snapshot) -> None:
         """The opposite; what was read from it stays in the cache. Nothing happens when it is not attached."""

@@ -22,7 +22,7 @@ def onward(chunks: Many[Chunk], *, page_size: int, context: int) -> Onward:
         place = len(sequence.generated) + 1
         if sequence.state is not RequestState.DECODE or chunk.draft or sequence.room or place >= sequence.limit:
             return NO_MORE
-        if chunk.stop >= len(sequence.pages) * page_size:
+        if any(chunk.stop >= len(pages) * page_size for pages in sequence.tables):
             return NO_MORE
         if sequence.roll is None and len(sequence.tokens) + 1 >= context:
             return NO_MORE

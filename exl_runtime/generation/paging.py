@@ -28,21 +28,19 @@ class Pager:
         # At least the last token is computed again: its logits are wanted.
         limit = min(len(sequence.tokens) - 1, sequence.reusable)
         if self.roller is not None and sequence.roll is not None:
-            found = self.roller.find(sequence)
-            hit = self.roller.match(sequence, found, len(found.tokens) - 1)
+            found, hit = self.roller.start(sequence)
             count = min(-(-len(found.tokens) // size), sequence.roll.pages)
         elif self.dropper is not None and sequence.left_turns is not None:
             start = self.dropper.find(sequence, limit)
-            hit = Hit(start.match.keys, (start.match,))
+            hit = start.hit
         else:
             hit = pools.match(sequence.tokens, root=sequence.root, limit=limit)
         # A second branch has its pages from the start: it must never have to yield in the middle of a step.
         shadow = sequence.shadow
         beside = [0] * len(pools) if shadow is None else pools.lending(shadow.most, self._new)
         held = [] if start is None else start.held
-        in_place = sum(pools[0].table.references(page) == 1 for page in held)
-        wanted = self._wanted(hit, count, beside, running, in_place)
-        pools[0].table.release(held)  # they may be taken now: what they hold is read before anything is written
+        wanted = self._wanted(hit, count, beside, running, held)
+        pools.let_go(held)  # they may be taken now: what they hold is read before anything is written
         if wanted is None:
             pools.give_up(hit)
             return False
@@ -154,26 +152,27 @@ class Pager:
             sequence.shadow.release()
         sequence.version += 1
 
-    def _wanted(self, hit: Hit, count: int, beside: list[int], running: int, held: int) -> list[int] | None:
-        """Pages that a sequence of `count` pages takes in every pool; None: there are too few of them. `held`: pages of
-        the first pool that become free."""
+    def _wanted(self, hit: Hit, count: int, beside: list[int], running: int, held: list[Held]) -> list[int] | None:
+        """Pages that a sequence of `count` pages takes in every pool; None: there are too few of them. `held`: pages
+        that are about to be released."""
         wanted = []
-        for pool, match, lent in zip(self.pools, hit.matches, beside, strict=True):
+        leaving = held or [Held() for _ in self.pools]
+        for pool, match, lent, other in zip(self.pools, hit.matches, beside, leaving, strict=True):
             table = pool.table
             pages = pool.entries(match.gone, count) - len(match.pages)
             # Replies in progress will want pages soon; a newcomer that takes the last ones would only have to yield.
             headroom = min(running, table.pages // 8)
-            in_place = match.source is not None and table.references(match.source) == 1
-            if pages + lent > table.available + in_place + held - headroom:
+            in_place = int(match.source is not None and table.references(match.source) == 1)
+            in_place += sum(table.references(page) == 1 for page in other.pages[other.gone :])
+            if pages + lent > table.available + in_place - headroom:
                 return None
             wanted.append(pages)
-            held = 0
         return wanted
 
     def _resume(self, roller: Roller, sequence: Sequence, found: Found) -> None:
         """Go on with a window, which begins with pages that are still to be written where something has left it."""
         sinks: list[int] = []
-        if found.keys:
+        if found.places:
             assert sequence.roll is not None
             sequence.keys, sequence.matched = list(found.keys), 0
             if self.pools[0].window is None:

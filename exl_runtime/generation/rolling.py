@@ -10,9 +10,10 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from ..cache.pages import Place
 from ..cache.pools import Hit, Pool, Pools
 from ..cache.prefix import chain, pack
-from ..cache.sinks import SinkKeeper
+from ..cache.sinks import SinkKeeper, Sinks
 from ..cache.window import NOTHING, Cut, Roll
 from .sequence import Sequence
 
@@ -23,13 +24,18 @@ CUTS = 64  # places where prompts were cut that are remembered
 class Found:
     """Where a sequence can go on: `tokens` are all of it but what `cut` left out, the first `reused` are computed.
 
-    keys  of the pages in sight, the sinks among them, when something has left already; else empty
+    places  of the full pages in sight, the sinks among them, when something has left already; else empty
     """
 
     tokens: list[int]
     cut: Cut
     reused: int
-    keys: tuple[bytes, ...] = ()
+    places: tuple[Place, ...] = ()
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Of those pages."""
+        return [place[2] for place in self.places]
 
 
 class Roller:
@@ -93,31 +99,67 @@ class Roller:
         if sequence.sinks is not None:
             self.sinks.write(sequence.sinks, sinks, shift=sequence.shift, planned=sequence.planned)
 
+    def start(self, sequence: Sequence) -> tuple[Found, Hit]:
+        """The best place to go on with a sequence that waits, acquired: the recent pages where something has left (the
+        sinks are not among them), else the beginning. At least the last token is left to be computed."""
+        sequence.sinks = None
+        found = self.find(sequence)
+        roll = sequence.roll
+        assert roll is not None
+        opened = self.open(found, roll, len(found.tokens) - 1) if found.places else None
+        if opened is not None:
+            hit, sequence.sinks = opened
+        else:
+            if found.places:  # something did not come back from below
+                found = Found(sequence.tokens, sequence.cut if sequence.whole else NOTHING, 0)
+            limit = min(len(found.tokens), roll.capacity) - 1
+            hit = self.pools.match(found.tokens, root=sequence.root, limit=limit)
+        return found, hit
+
     def find(self, sequence: Sequence) -> Found:
         """The best place to go on with a sequence that waits."""
         roll, whole = sequence.roll, sequence.whole
         assert roll is not None
         if whole is None:
-            return self._reused(sequence.tokens, NOTHING, sequence, roll)
+            return self.reused(sequence.tokens[:-1], sequence.root, roll, whole=sequence.tokens)
         best = Found(sequence.tokens, sequence.cut, 0)
         for gone in (NOTHING, *self._known_cuts(whole)):
             if gone.start not in (0, roll.kept):
                 continue
-            found = self._reused([*whole[: gone.start], *whole[gone.stop :]], gone, sequence, roll)
+            tokens = [*whole[: gone.start], *whole[gone.stop :]]
+            found = self.reused(tokens[:-1], sequence.root, roll, whole=tokens, gone=gone)
             # A prompt that is cut is computed from its beginning: that is short, too.
             if len(found.tokens) - found.reused < len(best.tokens) - best.reused:
                 best = found
         return best
 
-    def match(self, sequence: Sequence, found: Found, limit: int) -> Hit:
-        """Acquire what `find` found of a sequence, at most `limit` tokens: the recent pages where something has left
-        (the sinks are not among them), else the beginning."""
-        roll = sequence.roll
-        assert roll is not None
-        if not found.keys:
-            return self.pools.match(found.tokens, root=sequence.root, limit=min(limit, roll.capacity - 1))
+    def open(self, found: Found, roll: Roll, limit: int) -> tuple[Hit, Sinks | None] | None:
+        """The recent pages that were found, and at most `limit` tokens, acquired; and the sinks, where something has to
+        be turned. None: not all of it comes back."""
+        sinks = None
+        if self.pools[0].window is None:
+            sinks = self._kept(found.places[: roll.sinks])
+            if sinks is None:
+                return None
         rest = found.tokens[found.reused : min(found.reused + roll.page_size, limit)]
-        return self.pools.reach(found.keys, self._recent(roll), roll.mark(found.keys[-1]), rest)
+        hit = self.pools.reach(found.places, self._recent(roll), roll.mark(found.keys[-1]), rest)
+        return None if hit is None else (hit, sinks)
+
+    def _kept(self, places: Many[Place]) -> Sinks | None:
+        """The sinks in these pages as first computed: what was kept of them, or what they still hold."""
+        key = places[-1][2]
+        sinks = self.sinks.find(key)
+        if sinks is not None:
+            return sinks
+        pages = []
+        for place in places:
+            page = self.table.claim(*place)
+            if page is not None:
+                pages.append(page)
+        if len(pages) == len(places):
+            sinks = self.sinks.keep(key, pages)
+        self.table.release(pages)
+        return sinks
 
     def adopt(self, sequence: Sequence, found: Found, sinks: Many[int]) -> None:
         """The sequence goes on there; `sinks` are pages for them where something has left."""
@@ -128,10 +170,9 @@ class Roller:
             sequence.tokens, sequence.cut = list(found.tokens), found.cut
             self._remember(sequence.whole, found.cut)
             sequence.whole = None
-        if found.keys:
+        if found.places:
             sequence.set_gone(found.reused - (roll.pages - 1) * roll.page_size)
             if self.pools[0].window is None:
-                sequence.sinks = self.sinks.find(found.keys[roll.sinks - 1])
                 assert sequence.sinks is not None
                 self.sinks.write(sequence.sinks, sinks, shift=sequence.shift, planned=sequence.planned)
         if not sequence.generated:
@@ -159,30 +200,45 @@ class Roller:
                 cuts.append(Cut(start, stop))
         return cuts
 
-    def _reused(self, tokens: list[int], gone: Cut, sequence: Sequence, roll: Roll) -> Found:
-        size, counts = roll.page_size, self._recent(roll)
-        key, keys = sequence.root, []
-        for page in range((len(tokens) - 1) // size):
-            key = chain(roll.mark(key) if roll.gone(page) else key, pack(tokens[page * size : (page + 1) * size]))
-            keys.append(key)
+    def reused(
+        self, tokens: list[int], root: bytes, roll: Roll, *, whole: list[int] | None = None, gone: Cut = NOTHING
+    ) -> Found:
+        """What there is of `tokens`, the beginning of `whole`, from which `gone` was cut."""
+        counts, places = self._recent(roll), places_of(tokens, root, roll)
+        whole = tokens if whole is None else whole
 
-        def has(pool: Pool, page: int) -> bool:
-            return pool.table.has(keys[page])
+        def knows(pool: Pool, page: int) -> bool:
+            return pool.table.knows(*places[page])
 
-        windowed = self.pools[0].window is not None
-        if len(keys) >= roll.pages and (windowed or self.sinks.find(keys[roll.sinks - 1]) is not None):
-            for count in range(len(keys), roll.pages - 1, -1):
+        if len(places) >= roll.pages and (self.pools[0].window is not None or self._has_sinks(places[: roll.sinks])):
+            for count in range(len(places), roll.pages - 1, -1):
                 last = ((pool, range(count - 1, count - 1 - n, -1)) for pool, n in zip(self.pools, counts, strict=True))
-                if all(has(pool, page) for pool, pages in last for page in pages):
-                    recent = keys[count + 1 - roll.pages + roll.sinks : count]
-                    return Found(tokens, gone, count * size, (*keys[: roll.sinks], *recent))
-        plain = self.pools.longest(min(len(keys), roll.pages), has)
-        return Found(tokens, gone, plain * size)
+                if all(knows(pool, page) for pool, pages in last for page in pages):
+                    recent = places[count + 1 - roll.pages + roll.sinks : count]
+                    return Found(whole, gone, count * roll.page_size, (*places[: roll.sinks], *recent))
+        plain = self.pools.longest(min(len(places), roll.pages), knows)
+        return Found(whole, gone, plain * roll.page_size)
+
+    def _has_sinks(self, places: Many[Place]) -> bool:
+        return self.sinks.find(places[-1][2]) is not None or all(self.table.knows(*place) for place in places)
 
     def _recent(self, roll: Roll) -> list[int]:
         """In every pool, how many full pages behind the sinks are in sight where something has left."""
         full = roll.pages - 1
         return [full - max(roll.sinks, pool.first(full * roll.page_size)) for pool in self.pools]
+
+
+def places_of(tokens: Many[int], root: bytes, roll: Roll) -> list[Place]:
+    """Of all full pages of a sequence, whatever has left."""
+    size, key, places = roll.page_size, root, []
+    packed = pack(tokens)
+    width = len(packed) // max(1, len(tokens)) * size
+    for page in range(len(tokens) // size):
+        parent = roll.mark(key) if roll.gone(page) else key
+        part = packed[page * width : (page + 1) * width]
+        key = chain(parent, part)
+        places.append((parent, part, key))
+    return places
 
 
 def _digest(packed: bytes, tokens: int) -> bytes:

@@ -109,15 +109,17 @@ class Runner:
         The model may begin the pass behind this one by itself, see `onward.py`.
         None: it cannot, or something is wrong with a row. Then `run` has to repeat the pass, and will say what.
         """
-        # Adapters are no part of the native pass.
-        if sum(c.end - c.start for c in chunks) > WHOLE or any(c.sequence.request.lora for c in chunks):
+        if sum(c.end - c.start for c in chunks) > WHOLE:
             return None
         plan = self._plan_of(chunks)
         model: Any = self.model
         draws = [number for how in hows for number in how[:3]]
         banned = [number for how in hows for number in (len(how[3]), *how[3])]
         try:
-            tokens = model.draw_plan(plan, self.kv, draws, banned, onward)
+            if plan.mixes:
+                tokens = self._with_adapters.draw_plan(plan, self.kv, draws, banned)
+            else:
+                tokens = model.draw_plan(plan, self.kv, draws, banned, onward)
         except Exception as err:
             log.warning("a pass that draws its tokens failed (%s); running it once more", err)
             return None
@@ -173,6 +175,13 @@ class Runner:
         else:
             logits = model.forward_plan(plan, self.kv) if self._plans else model.forward(plan.on(model.device), self.kv)
         return logits if self._on_cpu else logits.cpu()
+
+    @property
+    def _with_adapters(self) -> Adapted:
+        if self._adapted is None:
+            model: Any = self.model
+            self._adapted = Adapted(model)
+        return self._adapted
 
     def _plan_of(self, chunks: Many[Chunk]) -> Plan:
         parts = [

@@ -106,6 +106,13 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def closed(self) -> bool:
+        """True while nobody waits who could be let in, as far as that is known without looking."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return True
+        return self._refused == (self.waiting[0], self.pools.version, len(self.running))
+
     def add(self, sequence: Sequence) -> None:
         """Let a QUEUED sequence wait for its turn."""
         insort(self.waiting, sequence, key=lambda other: other.rank)

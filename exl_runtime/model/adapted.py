@@ -101,7 +101,7 @@ class AdaptedMoe(Moe):
         """See the base class."""
         weights, chosen = self.route(self.router(x), self.spec.experts_per_token, self.spec.normalize_top)
         out = torch.zeros_like(x)
-        reaching = [share for share in self._shares if share.adapter.reaches_experts(self._block)]
+        reaching = [share for share in self._shares if self._block in share.adapter.mixtures]
         for expert in chosen.unique(sorted=True).tolist():
             rows, place = (chosen == expert).nonzero(as_tuple=True)
             self._inside[:] = _narrowed(reaching, rows, x.shape[0])
@@ -147,6 +147,17 @@ class Adapted:
         finally:
             for shares in (*self._body.values(), self._head):
                 shares.clear()
+
+    def draw_plan(self, plan: Plan, kv: KVStorage, draws: Many[float], banned: Many[int]) -> list[int] | None:
+        """`Transformer.draw_plan` for a plan with `mixes`. None, too, where the native pass cannot have them."""
+        if self._native is None or not self._native.share(plan):
+            return None
+        assert isinstance(self._base, Transformer)
+        try:
+            return self._base.draw_plan(plan, kv, draws, banned)
+        except BaseException:
+            self._native.forget()
+            raise
 
     def _stage(self, model: Transformer) -> Transformer:
         """The model, or the part of one on one device, with everything wrapped."""

@@ -1,5 +1,6 @@
 """From the files of a LoRA adapter to an `Adapter` of one model: every tensor finds its matrix, whatever its name."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class _Loading:
         self.spec = model.spec
         self.stages = stages(model)
         self.sites = _sites(self.stages)
+        self.stacks = Counter(path for path, expert in self.sites if expert is not None)  # experts of each
         self.changes: dict[Place, list[Change]] = {}
         self.table: list[TableChange] = []
 
@@ -113,15 +115,14 @@ class _Loading:
         module = delta.path
         while module.endswith(BASE):
             module = module.removesuffix(BASE)
-        stacks = {path: sites[0] for (path, expert), sites in self.sites.items() if expert == 0}
-        inside = {path: site for path, site in stacks.items() if path.rpartition(".")[0] == module}
+        inside = [path for path in self.stacks if path.rpartition(".")[0] == module]
         if not inside:
             raise self.unknown(delta.path)
         (rows, inputs), outputs = delta.down.shape, delta.up.shape[0]
-        for path, site in inside.items():
+        for path in inside:
+            site, count = self.sites[path, 0][0], self.stacks[path]
             if (inputs, outputs) != (site.linear.kernel.shape.in_features, site.source.total):
                 continue
-            count = sum(1 for name, _ in self.sites if name == path)
             if rows % count or delta.magnitude is not None or delta.bias is not None:
                 break
             down = delta.down.view(count, rows // count, inputs)

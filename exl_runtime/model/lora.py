@@ -6,6 +6,7 @@ place of the model's. The model's kernels know nothing of it, and an adapter of 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from struct import pack
 from typing import TypeAlias
@@ -111,9 +112,10 @@ class Adapter:
     rank: int
     nbytes: int
 
-    def reaches_experts(self, block: int) -> bool:
-        """Whether an expert of this block is changed."""
-        return any(place == block and part.startswith("experts.") for place, part in self.changes)
+    @cached_property
+    def mixtures(self) -> frozenset[int]:
+        """The blocks of which an expert is changed. Asked for in every pass, and there may be ten thousand changes."""
+        return frozenset(block for block, part in self.changes if part.startswith("experts."))
 
 
 Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters and their weights, in the order of their digests

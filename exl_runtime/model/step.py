@@ -35,7 +35,7 @@ class NativeStep:
         angles, places: see `Angles.rows`.
         """
         program = self.program
-        program.bind(kv.keys, kv.values, angles)
+        self._bind(kv, angles)
         numbers = _numbers(plan, places)
         if len(plan.tokens) <= WHOLE:
             return program.run(numbers, plan.pages, 0, program.layers)
@@ -55,10 +55,16 @@ class NativeStep:
         onward: Onward,
     ) -> list[int]:
         """A token behind each of the L rows, see `ops.step.Program.draw`; for passes of at most WHOLE tokens."""
-        program = self.program
-        if not program.bind(kv.keys, kv.values, angles):
+        if not self._bind(kv, angles):
             onward = NO_MORE  # angles of this pass alone are of no use for the next
-        return program.draw(_numbers(plan, places), plan.pages, draws, banned, onward)
+        return self.program.draw(_numbers(plan, places), plan.pages, draws, banned, onward)
+
+    def _bind(self, kv: KVStorage, angles: Sequence[Tensor]) -> bool:
+        """Whether these pages and angles are those of the pass before."""
+        if self.program.bound_to(kv.parts, angles):
+            return True
+        self.program.bind(kv.parts, kv.group_of, angles)
+        return False
 
     def halt(self) -> None:
         """End what runs ahead of the calls, see `ops.step.Program.halt`."""

@@ -68,7 +68,7 @@ class Transformer:
         Row l belongs to token row batch.logit_rows[l]. Raises NonFiniteError naming the first layer whose output
         is not finite.
         """
-        if self._step_for(kv) is not None:
+        if self.step is not None:
             return self.forward_plan(Plan.of(batch), kv)
         logits = self._run(batch, kv, check=False)
         if not all_finite(logits):
@@ -77,7 +77,7 @@ class Transformer:
 
     def forward_plan(self, plan: Plan, kv: KVStorage) -> Tensor:
         """`forward` without a detour over tensors, for what runs natively."""
-        step = self._step_for(kv)
+        step = self.step
         if step is None:
             return self.forward(plan.on(self.device), kv)
         logits, finite = step.run(plan, kv, *self._angles.rows(plan))
@@ -104,12 +104,10 @@ class Transformer:
         """`forward_plan` and a token drawn behind each of its rows, natively, without logits that anybody sees.
 
         draws, banned, onward: see `ops.step.Program.draw`. None where a row has no token that may be drawn, or its
-        logits are not finite; `forward_plan` then says what is wrong. None, too, for pages it cannot read. At most
-        `step.WHOLE` tokens.
+        logits are not finite; `forward_plan` then says what is wrong. At most `step.WHOLE` tokens.
         """
-        step = self._step_for(kv)
-        if step is None:
-            return None
+        step = self.step
+        assert step is not None
         tokens = step.draw(plan, kv, *self._angles.rows(plan), draws, banned, onward if self.runs_ahead else NO_MORE)
         return None if -1 in tokens else tokens
 
@@ -131,10 +129,6 @@ class Transformer:
             self._step = native_step(*parts, ropes=self._angles.ropes, dtype=self.dtype, backend=self.backend)
             self._step_is_known = True
         return self._step
-
-    def _step_for(self, kv: KVStorage) -> NativeStep | None:
-        """The native pass, which knows one group of layers."""
-        return self.step if len(kv.counts) == 1 else None
 
     def forget_step(self) -> None:
         """Call when a part of the model has been replaced: the native pass is built anew from what is there then."""

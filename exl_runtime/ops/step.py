@@ -149,28 +149,32 @@ class Program:
         self.layers = len(layers)
         self._run, self._draw, self._halt = ops.step_run, ops.step_draw, ops.step_halt
         self._ahead = False  # perhaps something is under way
-        self._bound: tuple[object, ...] = (None, None, None)
+        self._bound: tuple[object, object] = (None, None)
         self._pages: Tensor | None = None
 
-    def bind(self, keys: Tensor, values: Tensor, angles: Sequence[Tensor]) -> bool:
-        """What the next passes read and write; costs nothing while these are the same objects: True.
+    def bound_to(self, parts: Sequence[tuple[Tensor, Tensor]], angles: Sequence[Tensor]) -> bool:
+        """Whether these very objects were bound last."""
+        return parts is self._bound[0] and angles is self._bound[1]
 
-        keys, values  the pages of all layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
-        angles        cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
+    def bind(self, parts: Sequence[tuple[Tensor, Tensor]], homes: Sequence[int], angles: Sequence[Tensor]) -> None:
+        """What the next passes read and write.
+
+        parts   keys and values of every group of layers, (layers, pages, page_size, kv_heads, row): see `ops.kv_append`
+        homes   the group of every layer; the layers of a group are in it in their order
+        angles  cos, sin, cos, sin, ... of each rope, float32 (n, rotary_dim / 2)
         """
-        was = self._bound
-        if keys is was[0] and values is was[1] and angles is was[2]:
-            return True
-        native.ops().step_bind(self._number, keys, values, list(angles))
-        self._bound = (keys, values, angles)
-        return False
+        self._bound = (None, None)
+        keys, values = [keys for keys, _ in parts], [values for _, values in parts]
+        native.ops().step_bind(self._number, keys, values, homes, list(angles))
+        self._bound = (parts, angles)
 
     def run(self, plan: Sequence[int], pages: Tensor, first: int, last: int) -> tuple[Tensor, bool]:
         """Layers [first, last) of a pass, from layer 0 on; the last one ends in logits.
 
-        plan   T, S, L, then T tokens, T rows of the angles, T slots, S + 1 starts of sequences in the rows, S lengths
-               of sequences, L rows whose logits are wanted: see `ForwardBatch`. Empty for the layers behind the first
-        pages  int32 (S, P)
+        plan   T, S, L, then T tokens, T rows of the angles, T slots of each of the G groups, S + 1 starts of sequences
+               in the rows, S lengths of sequences, L rows whose logits are wanted: see `ForwardBatch`. Empty for the
+               layers behind the first
+        pages  int32 (G * S, P)
         Returns float32 logits (L, vocab), empty if `last` is not the end, and whether all of them are finite.
         """
         return self._run(self._number, plan, pages, first, last)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from typing_extensions import Self
 
-from ..cache.geometry import CacheGeometry
+from ..cache.geometry import CacheGeometry, free_memory
 from ..cache.storage import KVStorage
 from ..cache.types import FP16, FP32, CacheType
 from ..checkpoint.packed import NOT_KEPT, PackedCache
@@ -17,7 +17,7 @@ from ..config.resolve import resolve
 from ..config.spec import ModelSpec
 from ..errors import UsageError
 from ..model.loader import load_transformer
-from ..model.placement import geometry_beside, geometry_of, plan
+from ..model.placement import geometry_beside, geometry_of, plan, working_bytes
 from ..model.summary import stored_weights
 from ..model.transformer import Transformer
 from ..tokenizer.same import first_difference
@@ -44,9 +44,12 @@ class DraftNeeds:
         """Weights, a cache for one context, and what it computes with."""
         return plan(self.spec, context=context, weight_bytes=self.weight_bytes, cache=_cache_on(device)).total_bytes
 
-    def page_bytes(self, device: torch.device) -> int:
-        """Of one page of keys and values of all layers."""
-        return geometry_of(self.spec, _cache_on(device)).bytes_per_page
+    def left(self, other: ModelSpec, page_bytes: int, device: torch.device) -> int:
+        """Bytes for the other model's cache on the device where this one will be: there its pages take `page_bytes`
+        each, and with every page comes one of this model's."""
+        rest = free_memory(device) - self.weight_bytes - working_bytes(self.spec) - working_bytes(other)
+        own = geometry_of(self.spec, _cache_on(device)).bytes_per_page
+        return max(0, rest) * page_bytes // (page_bytes + own)
 
 
 def _cache_on(device: torch.device) -> CacheType:

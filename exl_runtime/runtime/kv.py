@@ -36,20 +36,26 @@ class KVKeeper:
         self._open: dict[Path, Snapshot] = {}
 
     @contextmanager
-    def holding(self, generator: Generator, tokens: Sequence[int]) -> Iterator[HeldKV]:
-        """What is in the cache of the beginning of `tokens`; valid within the block."""
-        with generator.holding(tokens) as held:
+    def holding(
+        self, generator: Generator, tokens: Sequence[int], *, past: bytes = b"", keep: int | None = None
+    ) -> Iterator[HeldKV]:
+        """What is in the cache of `tokens`, see `Generator.holding`; valid within the block."""
+        with generator.holding(tokens, past=past, keep=keep) as held:
             geometry = generator.kv.geometry
             count = len(held.tokens)
             parts = pieces(generator.kv, held, self._identity(generator))
-            yield HeldKV(count, snapshot_bytes(geometry, count, held.gone) if count else 0, parts)
+            yield HeldKV(count, snapshot_bytes(geometry, count, held.missing) if count else 0, parts)
 
     def open(self, generator: Generator, path: Path) -> int:
         """Serve prompts from the snapshot in `path`; the tokens it holds. Raises StorageError: it does not fit."""
         snapshot = Snapshot.open(path, self._identity(generator), generator.kv.geometry)
         self.drop(generator, path)
+        try:
+            generator.attach(snapshot)
+        except StorageError:
+            snapshot.close()
+            raise
         self._open[path.absolute()] = snapshot
-        generator.attach(snapshot)
         return snapshot.held
 
     def drop(self, generator: Generator, path: Path) -> None:

@@ -28,6 +28,7 @@ from ..model.placement import (
     resolve_cache,
     resolve_device,
     resolve_dtype,
+    working_bytes,
 )
 from ..model.split_model import SplitCache, SplitTransformer
 from ..model.summary import stored_weights
@@ -165,6 +166,7 @@ def load(
             progress=lambda done, total: report(f"loading layer {done} of {total} of the draft model"),
         )
 
+    needs = None if draft_folder is None else DraftNeeds.of(draft_folder)
     if gpu_split is not None:
         with Checkpoint.open(folder) as checkpoint:
             spread = open_spread(
@@ -176,7 +178,7 @@ def load(
                 context=wanted,
                 dtype=resolve_dtype(dtype),
                 hurry=accuracy == "fast",
-                draft=None if draft_folder is None else DraftNeeds.of(draft_folder),
+                draft=needs,
                 report=report,
             )
             stored = stored_weights(checkpoint, spec)
@@ -189,7 +191,8 @@ def load(
     kept = open_packed_cache() if packed_cache and kernels == "cpu" else None
     with Checkpoint.open(folder) as checkpoint:
         stored = stored_weights(checkpoint, spec)
-        require_room(spec, context=wanted, weight_bytes=stored.nbytes, cache=kv_type, device=where)
+        weight_bytes = stored.nbytes + (0 if needs is None else needs.weight_bytes)
+        require_room(spec, context=wanted, weight_bytes=weight_bytes, cache=kv_type, device=where)
         packed = NOT_KEPT if kept is None else kept.open(checkpoint, [files.config, files.quantization])
         transformer = load_transformer(
             checkpoint,
@@ -203,11 +206,15 @@ def load(
             progress=lambda done, total: report(f"loading layer {done} of {total}"),
         )
         packed.keep()
-    length = auto_context(spec, cache=kv_type, device=where) if wanted is None else wanted
+    room = None if needs is None else needs.left(spec, geometry_of(spec, kv_type).bytes_per_page, where)
+    length = wanted
+    if length is None:
+        beside = None if room is None else room + working_bytes(spec)
+        length = auto_context(spec, cache=kv_type, device=where, free=beside)
     geometry = geometry_of(spec, kv_type, length)
     if draft_folder is not None and draft_geometry(draft_folder, geometry, where) is None:
         geometry = geometry_of(spec, kv_type)  # what one of the models still sees has to stay for both
-    kv = KVStorage(geometry, cache_pages(geometry, length, device=where), where)
+    kv = KVStorage(geometry, cache_pages(geometry, length, device=where, free=room), where)
     if kernels == "cuda":
         pages = kv.layer(0)[0]
         for line in attention_lines(spec, pages, where):

@@ -223,10 +223,12 @@ class Runtime:
     # --- keys and values as files -----------------------------------------------------------------------------
 
     @contextmanager
-    def held_kv(self, messages: Sequence[Message]) -> Iterator[HeldKV]:
-        """What the cache holds of a conversation, for a snapshot: its size, and the bytes to write within the block."""
+    def held_kv(self, messages: Sequence[Message], *, past: bytes = b"") -> Iterator[HeldKV]:
+        """What the cache holds of a conversation, for a snapshot: its size, and the bytes to write within the block.
+        past: of turns that left before these messages, see `Left`."""
         ids = self._preparer.render(messages, add_generation_prompt=False).ids
-        with self._kv.holding(self._engine(), ids) as held:
+        keep = max(SINKS, self._preparer.head(messages, ids))
+        with self._kv.holding(self._engine(), ids, past=past, keep=keep) as held:
             yield held
 
     def open_kv(self, path: str | PathLike[str]) -> int:

@@ -11,12 +11,10 @@ from ..checkpoint.reader import Checkpoint
 from ..config.read import ConfigFiles
 from ..config.spec import ModelSpec
 from ..errors import OutOfMemory, UsageError
-from ..model.placement import cache_pages, geometry_of
+from ..model.placement import cache_pages, geometry_of, working_bytes
 from ..model.split import GIB, LEAST_CONTEXT, Room, Stage, context_for, measure, plan_stages, rooms
 from ..model.split_model import SplitCache, SplitTransformer, load_split
 from .draft import DraftNeeds, draft_geometry
-
-SHARE = 0.2  # of what is left on the draft model's device, for pages of it beyond one context
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +73,25 @@ def open_spread(
         hurry=hurry,
         progress=lambda done, total: report(f"loading layer {done} of {total}"),
     )
+
+    def free(device: torch.device, working: int = 0) -> int:
+        """Bytes for keys and values; beside a draft model `working` bytes more, elsewhere they are among them."""
+        if draft is None or beside is None or device != beside.device:
+            return free_memory(device)
+        own = [stage.stop - stage.first for stage in stages if stage.device == device]
+        page = geometry_of(spec, cache).bytes_per_page * max(1, sum(own)) // len(spec.layers)
+        return draft.left(spec, page, device) + working
+
     length = context
     if length is None:
-        # A longer context takes more of the draft model's device, too: what is left after the least, then after that.
-        length = context_for(spec, stages, cache=cache, free=_free(draft, beside, LEAST_CONTEXT))
-        if draft is not None:
-            length = context_for(spec, stages, cache=cache, free=_free(draft, beside, length))
+        length = context_for(spec, stages, cache=cache, free=lambda device: free(device, working_bytes(spec)))
     geometry = geometry_of(spec, cache, length)
     if draft is not None and beside is not None and draft_geometry(draft.folder, geometry, beside.device) is None:
         geometry = geometry_of(spec, cache)  # what one of the models still sees has to stay for both
     # Spare pages would have to fit everywhere: what the tightest device has room for.
-    free = _free(draft, beside, length)
     each = (cache_pages(geometry, length, device=stage.device, free=free(stage.device)) for stage in stages)
     pages = tuple(min(counts) for counts in zip(*each, strict=True))
-    if draft is not None and beside is not None:  # which holds as many pages of its own
-        least = geometry.pages_for(length) + 1
-        spare = int(free(beside.device) * SHARE) // draft.page_bytes(beside.device)
-        pages = tuple(min(count, least + spare) for count in pages)
     return Spread(model, SplitCache(geometry, pages, stages), length, stages, beside)
-
-
-def _free(draft: DraftNeeds | None, beside: Room | None, context: int) -> Callable[[torch.device], int]:
-    """Bytes free on a device, without what the draft model will take for a context of so many tokens."""
-
-    def free(device: torch.device) -> int:
-        room = free_memory(device)
-        if draft is None or beside is None or device != beside.device:
-            return room
-        return max(0, room - draft.total_bytes(context, device))
-
-    return free
 
 
 def _set_aside(available: Sequence[Room], draft: DraftNeeds, context: int) -> tuple[list[Room], Room]:

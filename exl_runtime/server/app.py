@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -26,6 +26,7 @@ from .stream import EventStream, dumps
 
 Endpoint = Callable[[Request], Awaitable[Any]]
 log = logging.getLogger("exl_runtime")
+LEFT = 499  # in the log, as other servers have it
 
 ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", "/v1/chat/completions", chat),
@@ -77,6 +78,8 @@ def _answered(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Any:
         try:
             made = await endpoint(request)
+        except ClientDisconnect:  # amid its own body; nobody reads the answer, and the log shows why there is none
+            return Response(status_code=LEFT)
         except Exception as err:
             _report(err)
             problem = problem_of(err)

@@ -1,6 +1,6 @@
 """From the body of a request to what is asked. Checks everything that needs no model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +26,14 @@ NOTED = ("user", "store", "metadata", "service_tier", "safety_identifier", "prom
 class Ask:
     """What both kinds of completion can ask for.
 
+    model      the name to answer under: that of the server, or of the adapter that was asked for as a model
     logprobs   None: none; else how many of the best tokens beside the drawn one; `prompt_logprobs`: of the prompt
     grammar    what the reply has to match
     steering   further arguments of `Runtime.stream`
     leading    what the reply is led away from
     """
 
+    model: str
     n: int
     max_tokens: int | None
     sampling: SamplingParams
@@ -93,10 +95,10 @@ class ChatAsk(Ask):
     generates: bool
 
 
-def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
-    """Raises ApiError naming the field that is wrong."""
+def read_chat(body: dict[str, Any], settings: Settings, adapters: Collection[str] = ()) -> ChatAsk:
+    """Raises ApiError naming the field that is wrong. adapters: names that can be asked for as models."""
     given = Fields(body)
-    check_model(given, settings)
+    named = check_model(given, settings, adapters)
     messages = read_messages(given.items("messages"))
     tools = read_tools(given.items("tools"))
     choice, forced = _tool_choice(given, tools)
@@ -124,7 +126,7 @@ def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
     given.refuse("prediction", "predicted outputs are not supported")
     given.refuse("web_search_options", "this server has no access to the web")
     whole = not (tools or template_values or continues or not generates)
-    common = _common(given, settings, settings.max_tokens, turns=whole)
+    common = _common(given, settings, named, settings.max_tokens, turns=whole)
     if longer is not None:
         common["max_tokens"] = longer
     leading = common["leading"]
@@ -151,14 +153,14 @@ def read_chat(body: dict[str, Any], settings: Settings) -> ChatAsk:
     )
 
 
-def read_completion(body: dict[str, Any], settings: Settings) -> CompletionAsk:
-    """Raises ApiError naming the field that is wrong."""
+def read_completion(body: dict[str, Any], settings: Settings, adapters: Collection[str] = ()) -> CompletionAsk:
+    """As `read_chat`."""
     given = Fields(body)
-    check_model(given, settings)
+    named = check_model(given, settings, adapters)
     prompts = _prompts(given.take("prompt"))
     echo = given.flag("echo", False)
     logprobs = given.whole("logprobs", 0, MOST_LOGPROBS)
-    common = _common(given, settings, COMPLETION_TOKENS, turns=False)
+    common = _common(given, settings, named, COMPLETION_TOKENS, turns=False)
     if echo and logprobs is not None and common["stream"]:
         raise ApiError(400, "echo with logprobs scores the prompt, which cannot be streamed", param="echo")
     given.refuse("suffix", "this model writes at the end only", "")
@@ -185,11 +187,15 @@ def led_away(ask: Ask, negative: Any, length: int, context: int) -> dict[str, An
     return options
 
 
-def check_model(given: Fields, settings: Settings) -> None:
-    """The model a request names has to be the one that is served; no name means that one too."""
+def check_model(given: Fields, settings: Settings, adapters: Collection[str] = ()) -> str | None:
+    """The model a request names has to be the one that is served; no name means that one too. The name of one of
+    `adapters` means the model with that adapter, and is returned."""
     name = given.text("model")
+    if name in adapters:
+        return name
     if name is not None:
         require_model(name, settings)
+    return None
 
 
 def require_model(name: str, settings: Settings) -> None:
@@ -203,7 +209,9 @@ def require_model(name: str, settings: Settings) -> None:
         )
 
 
-def _common(given: Fields, settings: Settings, max_tokens: int | None, *, turns: bool) -> dict[str, Any]:
+def _common(
+    given: Fields, settings: Settings, adapter: str | None, max_tokens: int | None, *, turns: bool
+) -> dict[str, Any]:
     """Fields of an Ask. turns: of the prompt, whole turns can be left out."""
     stream = given.flag("stream", False)
     options = given.take("stream_options")
@@ -219,6 +227,7 @@ def _common(given: Fields, settings: Settings, max_tokens: int | None, *, turns:
         raise ApiError(400, "prompt_logprobs cannot be streamed", param="prompt_logprobs")
     usual = settings.overflow if turns or settings.overflow != "drop" else "window"
     return {
+        "model": adapter or settings.name,
         "n": given.whole("n", 1, MOST_CHOICES) or 1,
         "max_tokens": given.whole("max_tokens", 1, MOST_TOKENS) or max_tokens,
         "sampling": read_sampling(given, settings.sampling),
@@ -227,7 +236,7 @@ def _common(given: Fields, settings: Settings, max_tokens: int | None, *, turns:
         "prompt_logprobs": scored,
         "overflow": given.choice("overflow", OVERFLOWS, usual),
         "grammar": read_guide(given),
-        "steering": read_steering(given),
+        "steering": ({"lora": adapter} if adapter else {}) | read_steering(given),
         "leading": read_leading(given),
     }
 

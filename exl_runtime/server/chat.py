@@ -57,7 +57,7 @@ class Reply:
 async def chat(request: Request) -> Any:
     """Answer a conversation. Raises ApiError and ExlError."""
     place = Place.of(request)
-    ask = read_chat(await read_body(request, place.settings.max_body), place.settings)
+    ask = read_chat(await read_body(request, place.settings.max_body), place.settings, place.adapters)
     place.desk.admit(ask.n)
     plan = await asyncio.to_thread(make_plan, place.runtime, ask)
     batch = place.desk.start([ask.order(plan.prompt, sample) | plan.options for sample in range(ask.n)])
@@ -139,7 +139,7 @@ async def _whole(place: Place, ask: ChatAsk, batch: Batch, replies: list[Reply],
     results = [reply.result for reply in replies if reply.result is not None]
     counts = shapes.usage(results, ask.n, sum(reply.thoughts for reply in replies))
     noted(request, counts)
-    made = shapes.head("chat.completion", place.settings.name, "chatcmpl")
+    made = shapes.head("chat.completion", ask.model, "chatcmpl")
     scored = {} if ask.prompt_logprobs is None else {"prompt_logprobs": _scored(place, ask, results)}
     return {**made, "choices": choices, "usage": counts, **scored, **shapes.truncated(results)}
 
@@ -151,7 +151,7 @@ def _scored(place: Place, ask: ChatAsk, results: list[Result]) -> Any:
 async def _chunks(
     place: Place, ask: ChatAsk, batch: Batch, replies: list[Reply], request: Request
 ) -> AsyncIterator[dict[str, Any] | None]:
-    made = shapes.head("chat.completion.chunk", place.settings.name, "chatcmpl")
+    made = shapes.head("chat.completion.chunk", ask.model, "chatcmpl")
     if ask.include_usage:
         made["usage"] = None
 

@@ -19,7 +19,7 @@ from .stream import PATIENCE, EventStream, watched
 async def completions(request: Request) -> Any:
     """Go on with one or several prompts; choice i belongs to prompt i // n. Raises ApiError and ExlError."""
     place = Place.of(request)
-    ask = read_completion(await read_body(request, place.settings.max_body), place.settings)
+    ask = read_completion(await read_body(request, place.settings.max_body), place.settings, place.adapters)
     orders = [await asyncio.to_thread(_order, place, ask, prompt) for prompt in ask.prompts]
     orders = [ask.order(prompt, sample) | options for prompt, options in orders for sample in range(ask.best_of)]
     batch = place.desk.start(orders)
@@ -79,14 +79,14 @@ async def _whole(place: Place, ask: CompletionAsk, batch: Batch, request: Reques
         )
     counts = shapes.usage(ended, ask.best_of, 0)
     noted(request, counts)
-    made = shapes.head("text_completion", place.settings.name, "cmpl")
+    made = shapes.head("text_completion", ask.model, "cmpl")
     return {**made, "choices": choices, "usage": counts, **shapes.truncated(ended)}
 
 
 async def _chunks(
     place: Place, ask: CompletionAsk, batch: Batch, request: Request
 ) -> AsyncIterator[dict[str, Any] | None]:
-    made = shapes.head("text_completion", place.settings.name, "cmpl")
+    made = shapes.head("text_completion", ask.model, "cmpl")
     if ask.include_usage:
         made["usage"] = None
     sent = [0] * len(batch.jobs)  # characters

@@ -22,6 +22,12 @@ class Place:
     created: int
     report: Callable[[Exception], None] = field(repr=False)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that are loaded; each can be asked for as a model."""
+        names = (info.name for info in getattr(self.runtime, "loras", ()))
+        return tuple(name for name in names if name != self.settings.name)
+
     @classmethod
     def of(cls, request: Request) -> "Place":
         """The place a request came to."""

@@ -16,14 +16,17 @@ MOST_IDS = 2**20
 
 
 async def models(request: Request) -> dict[str, Any]:
-    """GET /v1/models: the one model there is."""
-    return {"object": "list", "data": [_model(Place.of(request))]}
+    """GET /v1/models: the one model there is, and each of its adapters."""
+    place = Place.of(request)
+    return {"object": "list", "data": [_model(place), *(_model(place, name) for name in place.adapters)]}
 
 
 async def model(request: Request) -> dict[str, Any]:
     """GET /v1/models/{id}. Raises ApiError 404 for any other."""
-    place = Place.of(request)
-    require_model(request.path_params["name"], place.settings)
+    place, name = Place.of(request), request.path_params["name"]
+    if name in place.adapters:
+        return _model(place, name)
+    require_model(name, place.settings)
     return _model(place)
 
 
@@ -39,7 +42,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     """POST /tokenize: `prompt` (a text) or `messages` (through the chat template) to token ids."""
     place = Place.of(request)
     given = Fields(await read_body(request, place.settings.max_body))
-    check_model(given, place.settings)
+    check_model(given, place.settings, place.adapters)
     prompt, content, messages = given.text("prompt"), given.text("content"), given.items("messages")
     bos = given.take("add_special_tokens")
     if bos is None:
@@ -66,7 +69,7 @@ async def detokenize(request: Request) -> dict[str, Any]:
     """POST /detokenize: `tokens` (ids) to text, special tokens included."""
     place = Place.of(request)
     given = Fields(await read_body(request, place.settings.max_body))
-    check_model(given, place.settings)
+    check_model(given, place.settings, place.adapters)
     tokens = given.items("tokens")
     given.done()
     if len(tokens) > MOST_IDS or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
@@ -79,7 +82,7 @@ async def embeddings(request: Request) -> dict[str, Any]:
     """POST /v1/embeddings: refused, with the reason."""
     place = Place.of(request)
     given = Fields(await read_body(request, place.settings.max_body))
-    check_model(given, place.settings)
+    check_model(given, place.settings, place.adapters)
     raise ApiError(
         400,
         f"{place.settings.name!r} is a model that writes text, it gives no embeddings",
@@ -88,10 +91,12 @@ async def embeddings(request: Request) -> dict[str, Any]:
     )
 
 
-def _model(place: Place) -> dict[str, Any]:
+def _model(place: Place, adapter: str | None = None) -> dict[str, Any]:
+    """The model, or the model with an adapter, whose `parent` it then is."""
     info = place.runtime.info
     return {
-        "id": place.settings.name,
+        "id": adapter or place.settings.name,
+        **({"parent": place.settings.name} if adapter else {}),
         "object": "model",
         "created": place.created,
         "owned_by": "exl-runtime",

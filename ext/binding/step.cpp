@@ -14,11 +14,6 @@
 namespace exl {
 namespace {
 
-int64_t step_bytes(const StepMatrix& w) {
-  if (w.packed.header != nullptr) return int64_t(w.packed.header->bytes);
-  return w.inputs * w.outputs * element_bytes(w.dense.dtype);
-}
-
 int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& final_norm, const Tensor& head,
                     const Tensor& head_bias, int64_t head_residual, int64_t heads, int64_t kv_heads, int64_t head_dim,
                     double eps, double norm_offset, double attention_scale, double attention_softcap,
@@ -43,7 +38,6 @@ int64_t op_step_new(const Tensor& table, double embedding_scale, const Tensor& f
   step_fits(op, "head", m.head, m.hidden, m.head.outputs);
   m.logit_scale = float(logit_scale);
   program->kept = {table, final_norm, head, head_bias};
-  program->bytes = step_bytes(m.head);
   const std::lock_guard<std::mutex> hold(step_guard);
   static int64_t last = 0;
   step_programs[++last] = std::move(program);
@@ -94,9 +88,6 @@ void op_step_layer(int64_t number, std::vector<Tensor> matrices, std::vector<Ten
   for (const auto* list : {&matrices, &biases, &norms}) {
     program->kept.insert(program->kept.end(), list->begin(), list->end());
   }
-  int64_t experts = 0;
-  for (size_t i = 0; i < all.size(); ++i) (visits > 0 && i > 4 ? experts : program->bytes) += step_bytes(all[i]);
-  if (visits > 0) program->bytes += experts / int64_t(l.moe.gate.size()) * visits;
   m.layers.push_back(l);
   m.head.place = 7 * int64_t(m.layers.size());
 }
@@ -110,9 +101,10 @@ void op_step_free(int64_t number) {
   step_programs.erase(found);
 }
 
-// The pages of all layers, (layers, pages, page_size, kv_heads, head_dim or row_bytes).
-StepPages step_pages(const char* op, const char* name, const Tensor& t, const StepModel& m, StepBatch& b) {
-  check_shape(op, name, t, {int64_t(m.layers.size()), -1, -1, m.kv_heads, -1});
+// The pages of `layers` layers, (layers, pages, page_size, kv_heads, head_dim or row_bytes).
+StepPages step_pages(const char* op, const char* name, const Tensor& t, int64_t layers, const StepModel& m,
+                     StepBatch& b) {
+  check_shape(op, name, t, {layers, -1, -1, m.kv_heads, -1});
   StepPages pages{t.data_ptr(), 0, 0};
   int64_t bytes = 1;
   if (t.scalar_type() == ScalarType::Byte) {
@@ -149,27 +141,47 @@ std::vector<StepRope> step_ropes(const char* op, const std::vector<Tensor>& angl
   return ropes;
 }
 
-// Remembers the pages and the angles of the passes to come.
-void op_step_bind(int64_t number, const Tensor& keys, const Tensor& values, std::vector<Tensor> angles) {
+// Remembers the pages and the angles of the passes to come. keys, values: of every group of layers; homes: the group of
+// every layer, whose layers are in it in their order.
+void op_step_bind(int64_t number, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> homes,
+                  std::vector<Tensor> angles) {
   const char* op = "step_bind";
   const auto program = step_program(op, number);
   program->halt();
+  program->bound.clear();  // until everything is known to be good
   const StepModel& m = program->model;
+  const int64_t groups = int64_t(keys.size());
+  EXL_CHECK(groups > 0 && keys.size() == values.size() && homes.size() == m.layers.size(), "exl::", op, ": ", groups,
+            " groups of keys, ", values.size(), " of values, ", homes.size(), " homes for ", m.layers.size(), " layers");
+  std::vector<int64_t> layers(keys.size(), 0);
+  program->homes.clear();
+  for (int64_t home : homes) {
+    EXL_CHECK(home >= 0 && home < groups, "exl::", op, ": group ", home, " of ", groups);
+    program->homes.push_back({home, layers[size_t(home)]++});
+  }
   StepBatch b{};
-  b.keys = step_pages(op, "keys", keys, m, b);
-  b.values = step_pages(op, "values", values, m, b);
-  EXL_CHECK(keys.scalar_type() == values.scalar_type() && keys.size(1) == values.size(1) &&
-                keys.size(2) == values.size(2),
-            "exl::", op, ": keys ", describe(keys), " and values ", describe(values), " do not belong together");
-  b.page_size = keys.size(2);
-  EXL_CHECK(b.page_size > 0, "exl::", op, ": empty pages, got ", describe(keys));
+  program->groups.clear(), program->pages.clear();
+  for (size_t g = 0; g < keys.size(); ++g) {
+    StepGroup group{};
+    group.keys = step_pages(op, "keys", keys[g], layers[g], m, b);
+    group.values = step_pages(op, "values", values[g], layers[g], m, b);
+    EXL_CHECK(keys[g].scalar_type() == values[g].scalar_type() && keys[g].scalar_type() == keys[0].scalar_type() &&
+                  keys[g].size(1) == values[g].size(1) && keys[g].size(2) == values[g].size(2) &&
+                  keys[g].size(2) == keys[0].size(2),
+              "exl::", op, ": keys ", describe(keys[g]), " and values ", describe(values[g]),
+              " do not belong together, or not to ", describe(keys[0]));
+    program->groups.push_back(group);
+    program->pages.push_back(keys[g].size(1));
+  }
+  b.page_size = keys[0].size(2);
+  EXL_CHECK(b.page_size > 0, "exl::", op, ": empty pages, got ", describe(keys[0]));
   program->ropes = step_ropes(op, angles, m);
   program->angle_rows = angles.empty() ? 0 : angles[0].size(0);
-  program->pages = keys.size(1);
   b.ropes = program->ropes.data(), b.rope_count = int64_t(program->ropes.size());
+  b.homes = program->homes.data();
   program->batch = b;
-  angles.push_back(keys);
-  angles.push_back(values);
+  angles.insert(angles.end(), keys.begin(), keys.end());
+  angles.insert(angles.end(), values.begin(), values.end());
   program->bound = std::move(angles);
   program->next_layer = 0;
 }
@@ -191,7 +203,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(exl, m) {
       "step_layer(int program, Tensor[] matrices, Tensor[] biases, int[] residuals, Tensor[] norms, str activation, "
       "int window, int rope, int visits, bool normalize) -> ()");
   m.def("step_free(int program) -> ()");
-  m.def("step_bind(int program, Tensor(a!) keys, Tensor(b!) values, Tensor[] angles) -> ()");
+  m.def("step_bind(int program, Tensor(a!)[] keys, Tensor(b!)[] values, int[] homes, Tensor[] angles) -> ()");
   m.def("all_finite(Tensor x) -> bool");
 }
 

@@ -1,6 +1,7 @@
 // What the operators of the native pass share: step.cpp builds a model and binds memory to it, step_run.cpp runs passes.
 #pragma once
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -20,11 +21,13 @@ struct StepDraws {
   std::vector<int64_t> banned;
 };
 
-// A pass, and what its `batch` points into. plan: T, S, L, tokens, places, slots, q_starts, kv_lengths, logit_rows.
+// A pass, and what its `batch` points into. plan: T, S, L, tokens, places, slots of every group, q_starts, kv_lengths,
+// logit_rows.
 struct StepPass {
   std::vector<int64_t> plan;
   std::vector<int32_t> q_starts, kv_lengths;
   std::optional<Tensor> table;
+  std::vector<StepGroup> groups;
   StepBatch batch{};
   std::vector<float> x, logits;
   StepDraws how;
@@ -36,7 +39,7 @@ struct StepPass {
 // The passes behind one, computed while their owner looks at the tokens of it. No adapter takes part in them.
 class StepAhead final : public AheadWork {
  public:
-  StepAhead(const StepModel& model, const int64_t& angle_rows, const int64_t& pages)
+  StepAhead(const StepModel& model, const int64_t& angle_rows, const std::vector<int64_t>& pages)
       : model_(model), angle_rows_(angle_rows), pages_(pages) {}
 
   // AheadWork
@@ -59,7 +62,8 @@ class StepAhead final : public AheadWork {
   bool advance();
 
   const StepModel& model_;
-  const int64_t &angle_rows_, &pages_;
+  const int64_t& angle_rows_;
+  const std::vector<int64_t>& pages_;
 };
 
 struct StepProgram {
@@ -68,7 +72,10 @@ struct StepProgram {
   // From step_bind.
   std::vector<Tensor> bound;
   std::vector<StepRope> ropes;
-  int64_t angle_rows = 0, pages = 0;
+  int64_t angle_rows = 0;
+  std::vector<int64_t> pages;     // of each group
+  std::vector<StepGroup> groups;  // without slots and tables
+  std::vector<StepHome> homes;
   StepBatch batch{};
   std::optional<Tensor> draw_pages;  // from step_pages
   StepPass pass;                     // under way
@@ -76,8 +83,9 @@ struct StepProgram {
   StepLora lora;
   StepTimes times{};
   bool timed = false;
-  int64_t bytes = 0;  // of the matrices that a token meets
   int64_t taken = 0, halted = 0;  // passes that ran ahead
+  std::chrono::steady_clock::time_point returned{};  // from the last step_draw
+  double away = 0;  // seconds from there to the next call: a mean that forgets
   StepAhead behind{model, angle_rows, pages};
   AheadThread ahead{behind};  // destroyed first: nothing runs any more then
 

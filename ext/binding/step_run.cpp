@@ -45,28 +45,38 @@ void step_begin(const char* op, StepProgram& program, std::vector<int64_t> plan,
   program.lora.take();
   pass.plan = std::move(plan);
   const int64_t* at = pass.plan.data();
-  const int64_t given = int64_t(pass.plan.size());
+  const int64_t given = int64_t(pass.plan.size()), groups = int64_t(program.groups.size());
   EXL_CHECK(given >= 3 && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[0] < given && at[1] < given && at[2] < given &&
-                given == 3 + 3 * at[0] + 2 * at[1] + 1 + at[2],
+                given == 3 + (2 + groups) * at[0] + 2 * at[1] + 1 + at[2],
             "exl::", op, ": a plan of ", given, " numbers does not hold what it says");
   b.rows = at[0], b.sequences = at[1], b.logits = at[2];
   at += 3;
   EXL_CHECK(b.logits <= b.rows, "exl::", op, ": ", b.logits, " rows of logits of ", b.rows, " tokens");
   b.tokens = step_part(op, "tokens", at, b.rows, m.vocabulary);
   b.places = step_part(op, "places", at, b.rows, program.angle_rows);
-  b.slots = step_part(op, "slots", at, b.rows, program.pages * b.page_size);
+  pass.groups = program.groups;
+  for (size_t g = 0; g < pass.groups.size(); ++g) {
+    pass.groups[g].slots = step_part(op, "slots", at, b.rows, program.pages[g] * b.page_size);
+  }
   b.q_starts = step_ints(op, "q_starts", at, b.sequences + 1, pass.q_starts);
   b.kv_lengths = step_ints(op, "kv_lengths", at, b.sequences, pass.kv_lengths);
   b.logit_rows = step_part(op, "logit_rows", at, b.logits, b.rows);
   check_cpu(op, "pages", pages, ScalarType::Int);
-  check_shape(op, "pages", pages, {b.sequences, -1});
+  check_shape(op, "pages", pages, {groups * b.sequences, -1});
   b.table_width = pages.size(1);
-  b.page_table = pages.const_data_ptr<int32_t>();
   AttentionArgs a{};
-  a.q_starts = b.q_starts, a.kv_lengths = b.kv_lengths, a.page_table = b.page_table;
+  a.q_starts = b.q_starts, a.kv_lengths = b.kv_lengths;
   a.sequences = b.sequences, a.table_width = b.table_width, a.page_size = b.page_size;
-  for (const StepLayer& layer : m.layers) a.window = layer.window > a.window ? layer.window : a.window;
-  check_tables(op, a, b.rows, program.pages);
+  for (int64_t g = 0; g < groups; ++g) {
+    a.page_table = pages.const_data_ptr<int32_t>() + g * b.sequences * b.table_width;
+    a.window = 0;
+    for (size_t l = 0; l < m.layers.size(); ++l) {
+      if (program.homes[l].group == g && m.layers[l].window > a.window) a.window = m.layers[l].window;
+    }
+    check_tables(op, a, b.rows, program.pages[size_t(g)]);
+    pass.groups[size_t(g)].page_table = a.page_table;
+  }
+  b.groups = pass.groups.data();
   program.lora.spread(op, b);
   pass.table = pages;
   pass.batch = b;
@@ -165,8 +175,9 @@ bool StepAhead::follow(const StepPass& before) {
     if (before.q_starts[size_t(s)] != s || b.logit_rows[s] != s) return false;
   }
   pass.plan = before.plan, pass.kv_lengths = before.kv_lengths, pass.q_starts = before.q_starts;
-  pass.table = before.table, pass.tokens = before.tokens;
+  pass.table = before.table, pass.tokens = before.tokens, pass.groups = before.groups;
   pass.batch = b;
+  pass.batch.groups = pass.groups.data();
   pass.x.resize(before.x.size());
   return advance();
 }
@@ -176,22 +187,26 @@ bool StepAhead::advance() {
   StepBatch& b = pass.batch;
   const int64_t rows = b.rows;
   if (int64_t(onward.draws.size()) != 3 * rows) return false;
-  int64_t *token = pass.plan.data() + 3, *place = token + rows, *slot = place + rows, *length = slot + 2 * rows + 1;
+  int64_t *token = pass.plan.data() + 3, *place = token + rows, *slots = place + rows;
+  int64_t* length = slots + int64_t(pass.groups.size()) * rows + rows + 1;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t drawn = pass.tokens[size_t(r)], index = length[r], column = index / b.page_size;
     if (drawn < 0 || std::find(ends.begin(), ends.end(), drawn) != ends.end()) return false;
     if (place[r] + 1 >= angle_rows_ || column >= b.table_width || index == std::numeric_limits<int32_t>::max()) {
       return false;
     }
-    const int64_t page = b.page_table[r * b.table_width + column];
-    if (page < 0 || page >= pages_) return false;
+    for (size_t g = 0; g < pass.groups.size(); ++g) {
+      const int64_t page = pass.groups[g].page_table[r * b.table_width + column];
+      if (page < 0 || page >= pages_[g]) return false;
+      slots[int64_t(g) * rows + r] = page * b.page_size + index % b.page_size;
+    }
     token[r] = drawn;
     place[r] += 1;
-    slot[r] = page * b.page_size + index % b.page_size;
     length[r] += 1;
     pass.kv_lengths[size_t(r)] += 1;
   }
-  b.tokens = token, b.places = place, b.slots = slot, b.logit_rows = length + rows;
+  for (size_t g = 0; g < pass.groups.size(); ++g) pass.groups[g].slots = slots + int64_t(g) * rows;
+  b.tokens = token, b.places = place, b.logit_rows = length + rows;
   b.kv_lengths = pass.kv_lengths.data(), b.q_starts = pass.q_starts.data();
   pass.how = std::move(onward);
   onward = {};
@@ -199,12 +214,12 @@ bool StepAhead::advance() {
   return true;
 }
 
-// Whether a thread more is of use. With a CPU for every thread of the team and one for Python it is; else the two get into
-// each other's way once a pass, which a long one bears (measured: LOG.md, "one pass ahead").
-constexpr int64_t kLongPass = 64 << 20;  // bytes of its matrices
+// Whether a pass is to run beside the owner. With a CPU to spare, always. Without one the two take from each other what
+// they win, until the owner stays away for long, or waits for the interpreter (LOG.md, "one pass ahead").
+constexpr double kLongAway = 1e-3, kLongest = 1e-2;  // seconds; the second: nobody waits for tokens meanwhile
 bool step_may_run_ahead(const StepProgram& program) {
   static const int cpus = usable_cpus();
-  return threads() < cpus || (cpus > 1 && program.bytes >= kLongPass);
+  return threads() < cpus || (cpus > 1 && program.away > kLongAway);
 }
 
 // A whole pass, and a token drawn behind each of its rows of logits, with how the pass behind it is drawn, which the
@@ -217,6 +232,9 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   const auto program = step_program(op, number);
   const StepModel& m = program->model;
   EXL_CHECK(!program->bound.empty() && program->draw_pages, "exl::", op, ": no pages are bound");
+  const auto called = std::chrono::steady_clock::now();
+  const std::chrono::duration<double> away = called - program->returned;
+  program->away += (std::min(away.count(), kLongest) - program->away) / 8;
   StepAhead& behind = program->behind;
   StepDraws onward{std::move(next_draws), std::move(next_banned)};
   if (!step_may_run_ahead(*program)) onward = {};
@@ -231,11 +249,13 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   };
   program->next_layer = -1;
   if (program->ahead.pending()) {
-    if (program->lora.next.empty() && behind.pass.plan == plan && behind.pass.how.draws == draws && behind.pass.how.banned == banned) {
+    const StepDraws& how = behind.pass.how;
+    if (program->lora.next.empty() && behind.pass.plan == plan && how.draws == draws && how.banned == banned) {
       go_on();
       program->ahead.take();
       ++program->taken;
       count(behind.times);
+      program->returned = std::chrono::steady_clock::now();
       return behind.tokens;
     }
     program->halt();
@@ -249,6 +269,7 @@ std::vector<int64_t> op_step_draw(int64_t number, std::vector<int64_t> plan, std
   count(pass.times);
   go_on();
   if (behind.follow(pass)) program->ahead.start();
+  program->returned = std::chrono::steady_clock::now();
   return pass.tokens;
 }
 

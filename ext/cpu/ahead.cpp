@@ -9,8 +9,6 @@
 #include <system_error>
 #include <thread>
 
-#include "threads.h"
-
 namespace exl {
 namespace {
 
@@ -32,13 +30,6 @@ struct AheadThread::Shared {
   bool taking = false;  // the owner waits in take()
   bool left = false;    // the owner is gone
   std::atomic<bool> stop{false};
-  std::atomic<bool> sent{false};  // a worker has the errand to wake the owner
-  Errand errand{[](void* context) {
-                  Shared* shared = static_cast<Shared*>(context);
-                  shared->over.notify_one();
-                  shared->sent.store(false);
-                },
-                this};
 
   void drive() {
     {
@@ -54,21 +45,10 @@ struct AheadThread::Shared {
           go_on();
           taking = false;
         }
-        wake_owner();
+        over.notify_one();
       }
     }
-    while (sent.load()) std::this_thread::yield();
     delete this;
-  }
-
-  // Where no CPU is free the owner takes that of the thread that wakes it, for as long as it likes.
-  void wake_owner() {
-    static const int cpus = usable_cpus();
-    if (state == State::wanted && threads() >= cpus && !sent.exchange(true)) {
-      if (send(errand)) return;
-      sent.store(false);
-    }
-    over.notify_one();
   }
 
   // With the mutex held: the result is handed over.

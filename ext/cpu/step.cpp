@@ -200,16 +200,18 @@ class Pass {
     rope(to_.query, Dtype::float32, b_.rows, m_.heads, dim, m_.heads * dim, 2 * r.half, r.cos, r.sin);
     rope(to_.key, Dtype::float32, b_.rows, m_.kv_heads, dim, m_.kv_heads * dim, 2 * r.half, r.cos, r.sin);
     watch_.lap(Phase::rope);
-    append(to_.key, b_.keys, index);
-    append(to_.value, b_.values, index);
+    const StepHome& home = b_.homes[index];
+    const StepGroup& group = b_.groups[home.group];
+    append(to_.key, group.keys, home.place, group.slots);
+    append(to_.value, group.values, home.place, group.slots);
     watch_.lap(Phase::append);
     AttentionArgs a{};
     a.q = to_.query;
-    a.k_pages = place(b_.keys, index);
-    a.v_pages = place(b_.values, index);
+    a.k_pages = place(group.keys, home.place);
+    a.v_pages = place(group.values, home.place);
     a.dtype = b_.page_dtype;
-    a.key_bits = b_.keys.bits, a.value_bits = b_.values.bits;
-    a.q_starts = b_.q_starts, a.kv_lengths = b_.kv_lengths, a.page_table = b_.page_table;
+    a.key_bits = group.keys.bits, a.value_bits = group.values.bits;
+    a.q_starts = b_.q_starts, a.kv_lengths = b_.kv_lengths, a.page_table = group.page_table;
     a.sequences = b_.sequences, a.table_width = b_.table_width;
     a.heads = m_.heads, a.kv_heads = m_.kv_heads, a.head_dim = dim;
     a.page_size = b_.page_size;
@@ -220,16 +222,16 @@ class Pass {
     watch_.lap(Phase::attend);
   }
 
-  static char* place(const StepPages& pages, int64_t index) {
-    return static_cast<char*>(pages.data) + index * pages.stride;
+  static char* place(const StepPages& pages, int64_t layer) {
+    return static_cast<char*>(pages.data) + layer * pages.stride;
   }
 
-  void append(const float* from, const StepPages& to, int64_t index) {
+  void append(const float* from, const StepPages& to, int64_t layer, const int64_t* slots) {
     const int64_t width = m_.kv_heads * m_.head_dim;
     if (to.bits == 0) {
-      kv_append(from, Dtype::float32, place(to, index), b_.page_dtype, b_.slots, b_.rows, width, width);
+      kv_append(from, Dtype::float32, place(to, layer), b_.page_dtype, slots, b_.rows, width, width);
     } else {
-      kv_append_codes(from, Dtype::float32, reinterpret_cast<uint8_t*>(place(to, index)), to.bits, b_.slots, b_.rows,
+      kv_append_codes(from, Dtype::float32, reinterpret_cast<uint8_t*>(place(to, layer)), to.bits, slots, b_.rows,
                       m_.kv_heads, m_.head_dim, width);
     }
   }

@@ -75,11 +75,23 @@ struct StepRope {
   int64_t half;
 };
 
-// Layer l's pages lie l * stride bytes behind the first layer's.
+// The pages of the first layer of a group; those of its next layers lie `stride` bytes behind one another.
 struct StepPages {
   void* data;
   int64_t stride;
   int bits;  // 0: elements of StepBatch::page_dtype
+};
+
+// Layers that keep the same part of every sequence, in pages of their own.
+struct StepGroup {
+  StepPages keys, values;
+  const int64_t* slots;       // (rows)
+  const int32_t* page_table;  // (sequences, table_width)
+};
+
+// Where the pages of a layer are: the `place`th of a group.
+struct StepHome {
+  int64_t group, place;
 };
 
 struct StepShare;  // step_lora.h
@@ -87,12 +99,13 @@ struct StepShare;  // step_lora.h
 // The new tokens of all sequences, one after another.
 struct StepBatch {
   int64_t rows, sequences, table_width, page_size;
-  const int64_t *tokens, *slots;  // (rows)
-  const int32_t *q_starts, *kv_lengths, *page_table;
+  const int64_t* tokens;  // (rows)
+  const int32_t *q_starts, *kv_lengths;
   const StepRope* ropes;
   int64_t rope_count;
   const int64_t* places;  // (rows)
-  StepPages keys, values;
+  const StepGroup* groups;
+  const StepHome* homes;  // (layers)
   Dtype page_dtype;
   const int64_t* logit_rows;  // (logits)
   int64_t logits;

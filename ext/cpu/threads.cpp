@@ -110,17 +110,6 @@ class Team {
   }
   void let_go() { held_.fetch_sub(1); }
 
-  bool send(Errand& errand) {
-    if (workers_ == 0 || asleep_.load() >= workers_) return false;
-    Errand* none = nullptr;
-    if (!errand_.compare_exchange_strong(none, &errand)) return false;
-    if (asleep_.load() > 0) {  // perhaps the last one has just gone to sleep
-      std::lock_guard<std::mutex> hold(mutex_);
-      wake_.notify_all();
-    }
-    return true;
-  }
-
   void run(RangeFn body, void* context, int64_t tasks, int64_t chunk, int parts) {
     job_.body = body;
     job_.context = context;
@@ -172,7 +161,7 @@ class Team {
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "exl-worker");
 #endif
-    const auto work_waits = [this] { return open(claim_.load()) || errand_.load() != nullptr; };
+    const auto work_waits = [this] { return open(claim_.load()); };
     // Those that a smaller team does without sleep on.
     const auto held = [this, index] { return held_.load() > 0 && index < threads(); };
     for (;;) {
@@ -185,9 +174,6 @@ class Team {
         asleep_.fetch_add(1);
         wake_.wait(hold, [&] { return work_waits() || held(); });
         asleep_.fetch_sub(1);
-      }
-      if (errand_.load() != nullptr) {
-        if (const Errand* errand = errand_.exchange(nullptr)) errand->call(errand->context);
       }
       for (int part; (part = take()) != 0;) {
         job_.run(part);
@@ -203,7 +189,6 @@ class Team {
   int workers_ = 0;
   std::atomic<bool> busy_{false};
   alignas(64) std::atomic<uint64_t> claim_{0};
-  std::atomic<Errand*> errand_{nullptr};
   alignas(64) std::atomic<int> pending_{0};
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<int> held_{0};
@@ -315,15 +300,6 @@ Awake::Awake() : team_(nullptr) {
 
 Awake::~Awake() {
   if (team_ != nullptr) static_cast<Team*>(team_)->let_go();
-}
-
-bool send(Errand& errand) {
-  if (threads() <= 1 || inside_region) return false;
-  Team& workers = team();
-  if (!workers.try_enter()) return false;
-  const bool sent = workers.send(errand);
-  workers.leave();
-  return sent;
 }
 
 double region_cost_ns(int64_t repeats) {

@@ -48,17 +48,6 @@ class Awake {
   void* team_;  // a child after fork() has another
 };
 
-// Something short that a worker does for a caller between two regions, such as waking another thread: where all CPUs are
-// taken, that one then runs in place of the worker, whose share others take over, and not of the caller, on whom all
-// regions depend.
-struct Errand {
-  void (*call)(void* context);
-  void* context;
-};
-
-// True: a worker that is awake calls it soon; `errand` must live until then. False: there is none, or it has another one.
-bool send(Errand& errand);
-
 // Mean cost of an empty region of all threads, in nanoseconds.
 double region_cost_ns(int64_t repeats);
 

@@ -123,15 +123,18 @@ class RolledPages(RuleBasedStateMachine):
         roll, before = self.histories[which % len(self.histories)]
         roll = ROLLS[1 - ROLLS.index(roll)] if other else roll
         known = [*before, *tokens]
-        user = User(roll)
+        user, places = User(roll), []
         for page in range(len(known) // SIZE):
-            user.keys.append(chain(user.parent(), pack(known[page * SIZE : (page + 1) * SIZE])))
+            parent, packed = user.parent(), pack(known[page * SIZE : (page + 1) * SIZE])
+            user.keys.append(chain(parent, packed))
+            places.append((parent, packed, user.keys[-1]))
         first = len(user.keys) - roll.pages + 2
         if first < 2 or not self.table.available:
             return
-        if not all(self.table.has(key) for key in user.keys[first:]):
+        match = self.table.reach(places[first:], user.parent(), known[len(user.keys) * SIZE :])
+        assert (match is not None) == all(self.table.knows(*place) for place in places[first:])
+        if match is None:
             return
-        match = self.table.reach(user.keys[first:], user.parent(), known[len(user.keys) * SIZE :])
         if match.source is not None:
             self.table.release([match.source])
         user.pages, user.gone, user.tokens = list(match.pages), first, known[: len(user.keys) * SIZE]

@@ -12,6 +12,7 @@ from talking import Recorder, Typist
 from vt import Terminal
 
 from exl_runtime.chat import memory, repl, status
+from exl_runtime.chat.converse import Shown
 from exl_runtime.chat.editor import CommandCompleter
 from exl_runtime.chat.reply import StyledReply
 from exl_runtime.chat.screen import THEME
@@ -20,6 +21,7 @@ from exl_runtime.chat.settings import ReplySettings
 from exl_runtime.chat.thinking import Voice
 from exl_runtime.chat.tree import Node
 from exl_runtime.chat.turn import Turn
+from exl_runtime.generation.stream import Text
 from exl_runtime.tokenizer.past import past_of
 from exl_runtime.tokenizer.reasoning import KNOWN
 
@@ -176,6 +178,18 @@ def test_without_marks_nothing_is_erased() -> None:
     assert session.send("a").text == "four" and session.voice == Voice()
 
 
+def test_a_note_takes_one_line_of_a_narrow_terminal() -> None:
+    terminal = Terminal(30, 6)
+    reply = StyledReply(Console(file=terminal, force_terminal=True, width=30, height=6, theme=THEME))
+    reply.waiting("thinking … 12 words · …\u4f60\u597d " + "and so on " * 5)
+    assert len(terminal.everything) == 1 and terminal.everything[0].startswith("thinking … 12 words")
+    reply.waiting("short")
+    assert terminal.everything == ["short"]
+    reply.text("Yes.")
+    reply.finish()
+    assert terminal.everything == ["Yes."]
+
+
 def test_thoughts_on_a_styled_terminal_are_dim_and_apart() -> None:
     terminal = Terminal(40, 12)
     console = Console(file=terminal, force_terminal=True, width=40, color_system="standard", theme=THEME)
@@ -189,6 +203,24 @@ def test_thoughts_on_a_styled_terminal_are_dim_and_apart() -> None:
     reply.finish()
     assert terminal.everything == ["Let **me** see:", "", "```", "if x:", "", "It is four."]
     assert "\x1b[2;3mLet **me** see:" in "".join(raw), "dim, and no Markdown"
+
+
+def test_what_is_being_thought_is_told_now_and_then() -> None:
+    notes: list[str] = []
+    times = iter(i * 0.04 for i in range(1000))
+    for mode in ("fold", "hide"):
+        runtime = FakeRuntime(["?"])
+        runtime.template = SimpleNamespace(sources={"default": "<think>"})
+        session = ChatSession(runtime, settings=ReplySettings(thoughts=mode))
+        reply = SimpleNamespace(waiting=notes.append, text=notes.append)
+        shown = Shown(session, reply, clock=times.__next__)
+        for word in ("<think>", "one ", "two ", "three\n", "four ", "five ", "six ", "</think>Yes."):
+            shown.take(Text("r", word, (1,), None))
+        shown.finish()
+    counts = ["thinking … 0 words", "thinking … 3 words", "thinking … 6 words"]
+    tails = ["", " · …one two three", " · …one two three four five six"]
+    assert notes[:4] == [*(count + tail for count, tail in zip(counts, tails, strict=True)), "Yes."]
+    assert notes[4:] == [*counts, "Yes."], "hidden thoughts are counted, not shown"
 
 
 def test_a_pipe_gets_the_answer_or_all_of_it() -> None:

@@ -87,45 +87,6 @@ int main() {
   set_threads(3);
   EXPECT(triangle(100) == 4950);
 
-  // An errand is done once, by a worker, whatever the caller does meanwhile; there is none to send without a worker awake.
-  int sent = 0;
-  for (int round = 0; round < 400; ++round) {
-    set_threads(1 + round % 3);
-    struct Seen {
-      std::thread::id caller = std::this_thread::get_id();
-      std::atomic<int> calls{0};
-    } seen;
-    Errand errand{[](void* context) {
-                    Seen* to = static_cast<Seen*>(context);
-                    EXPECT(to->caller != std::this_thread::get_id());
-                    ++to->calls;
-                  },
-                  &seen};
-    EXPECT(triangle(500) == 500 * 499 / 2);
-    bool gone = send(errand);
-    EXPECT(!(gone && threads() == 1));
-    if (!gone && threads() > 1 && round % 8 == 0) {  // wait until one is awake
-      const Awake awake;
-      for (int i = 0; !(gone = send(errand)); ++i) {
-        EXPECT(i < 10000);
-        usleep(100);
-      }
-    }
-    sent += gone;
-    if (round % 2) EXPECT(triangle(500) == 500 * 499 / 2);
-    for (int i = 0; gone && seen.calls.load() == 0; ++i) {
-      EXPECT(i < 10000);
-      usleep(100);
-    }
-    EXPECT(triangle(500) == 500 * 499 / 2 && seen.calls.load() == int(gone));
-  }
-  EXPECT(sent > 0);
-  set_threads(3);
-  parallel_for(3, [](int64_t, int64_t) {
-    Errand never{[](void*) { std::abort(); }, nullptr};
-    EXPECT(!send(never));
-  });
-
   // The cut depends on the numbers alone, and a grain bounds the parts.
   std::atomic<int> parts{0};
   parallel_for(10, [&](int64_t, int64_t) { ++parts; }, 6);

@@ -1,26 +1,28 @@
 """Passes that run one ahead on the CPU: nobody can tell, but by the clock."""
 
+import gc
+import os
+import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-import torch
 from conftest import unavailable
-from driving import batch_of, new_cache, open_model
-from tiny import by_name, write
 
 import exl_runtime as exl
 from exl_runtime.cache.geometry import PAGE_SIZE
 from exl_runtime.cache.storage import KVStorage
 from exl_runtime.generation.generator import Generator
 from exl_runtime.generation.request import Request
-from exl_runtime.model.batch import Plan
-from exl_runtime.model.step import Onward
+from exl_runtime.generation.stream import Failed, Finished
 from exl_runtime.ops import native
 from exl_runtime.runtime import Runtime
 
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 STORY = "Once upon a time"
 FOX = "The little fox and the little fox and the"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]  # answered within 40 tokens
@@ -32,6 +34,8 @@ def _one_thread() -> Iterator[None]:
     """So that a CPU is left for the caller on any machine with two."""
     if why := unavailable("cpu"):
         pytest.skip(why)
+    if CPUS < 2:
+        pytest.skip("nothing runs beside Python on one CPU")
     before = native.ops().set_threads(0)
     native.ops().set_threads(1)
     yield
@@ -161,6 +165,66 @@ def test_sequences_that_yield_their_pages() -> None:
     assert min(preempted) > 0 and wanted > 200
 
 
+def test_those_who_wait_for_others_to_end_disturb_nobody() -> None:
+    def use(rt: Runtime) -> object:
+        engine, params = rt._engine(), exl.SamplingParams(**ENDLESS)
+        kv = KVStorage(engine.kv.geometry, 2, engine.kv.device)
+        found = []
+        for most in ({"max_running": 1}, {}):  # no room for another one; no page for another one
+            small = Generator(engine.model, kv, rt.tokenizer, context=2 * PAGE_SIZE, **most)
+            ask = [Request(prompt=(5, number) * 140, sampling=params, max_tokens=40) for number in range(3, 6)]
+            found += [told(result) for result in small.run(ask)]
+        return found
+
+    wanted, _ = both_ways(use)
+    assert wanted >= 2 * 3 * 38
+
+
+def play(rt: Runtime, seed: int) -> dict[str, object]:
+    """Requests of all kinds that come, go and yield their pages; what came of each."""
+    rng, engine = random.Random(seed), rt._engine()
+    kv = KVStorage(engine.kv.geometry, rng.choice([4, 5, 7]), engine.kv.device)
+    generator = Generator(engine.model, kv, rt.tokenizer, context=3 * PAGE_SIZE)
+    found: dict[str, object] = {}
+    live: list[str] = []
+    for step in range(500):
+        if rng.random() < 0.03 and len(live) < 5:
+            params = exl.SamplingParams(
+                temperature=rng.choice([0, 0.9]),
+                min_p=rng.choice([0, 0.05]),
+                repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.1]),
+                seed=rng.randrange(99),
+                ignore_eos=rng.random() < 0.7,
+            )
+            request = Request(
+                prompt=tuple(rt.tokenizer.encode(rng.choice([STORY, FOX, "What is"])) * rng.choice([1, 1, 8, 40])),
+                sampling=params,
+                max_tokens=rng.choice([5, 40, 300]),
+                stop=rng.choice([(), (), ("the",)]),
+                overflow=rng.choice(["error", "window"]),
+                speculate=rng.choice(["off", "ngram"]),
+                priority=rng.choice([0, 0, 1]),
+                banned_strings=rng.choice([(), (), ("little",)]),
+            )
+            live.append(generator.submit(request))
+        if live and rng.random() < 0.01:
+            generator.cancel(rng.choice(live))
+        if rng.random() < 0.005 and generator.table.available:
+            found[f"logits {step}"] = generator.logits([1, 2, 3]).tolist()
+        for event in generator.step():
+            if isinstance(event, Finished | Failed):
+                live.remove(event.request_id)
+                found[event.request_id] = told(event.result) if isinstance(event, Finished) else str(event.error)
+    generator.table.check()
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_comes_between(seed: int) -> None:
+    wanted, halted = both_ways(lambda rt: play(rt, seed))
+    assert wanted > 10 and halted > 0
+
+
 def test_a_request_that_is_given_up_keeps_nothing_running() -> None:
     with exl.load("demo", context=512, speculate="off") as rt:
         stream = rt.stream(STORY, max_tokens=200, sampling=exl.SamplingParams(**ENDLESS))
@@ -173,6 +237,38 @@ def test_a_request_that_is_given_up_keeps_nothing_running() -> None:
         wanted = told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0)))
     with exl.load("demo", context=512, speculate="off") as rt:
         assert told(rt.generate(FOX, max_tokens=50, sampling=exl.SamplingParams(temperature=0))) == wanted
+
+
+def test_where_all_cpus_compute_only_a_slow_reader_is_run_ahead_of() -> None:
+    params = exl.SamplingParams(**ENDLESS)
+    native.ops().set_threads(CPUS)
+    with exl.load("demo", context=512, speculate="off") as rt:
+        wanted = told(rt.generate(STORY, max_tokens=60, sampling=params))
+        before = counts(rt)[0]
+        events = []
+        for event in rt.stream(STORY, max_tokens=60, sampling=params):
+            time.sleep(0.004)
+            events.append(event)
+        assert counts(rt)[0] - before > 30
+        assert isinstance(events[-1], exl.Finished) and told(events[-1].result)[:3] == wanted[:3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_the_thread_goes_with_its_model() -> None:
+    def threads() -> int:
+        return sum("exl-ahead" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+    before = threads()
+    for _ in range(3):
+        with exl.load("demo", context=512, speculate="off") as rt:
+            rt.generate(STORY, max_tokens=20, sampling=exl.SamplingParams(**ENDLESS))
+            assert counts(rt)[0] > 0 and threads() > 0
+        del rt
+    gc.collect()
+    until = time.monotonic() + 10
+    while threads() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threads() <= before
 
 
 def test_many_threads_ask_at_once() -> None:
@@ -193,81 +289,6 @@ def test_many_threads_ask_at_once() -> None:
         for thread in threads:
             thread.join()
         assert [found[number] for number in range(len(prompts))] == alone
-
-
-# --- the native side alone --------------------------------------------------------------------------------------------
-
-
-def test_only_the_same_pass_is_taken(tmp_path) -> None:
-    """Any number that differs halts what runs ahead; its keys and values lie behind every length."""
-    model = open_model(write(by_name("llama"), tmp_path), "cpu")
-    prompts, pages = [[5, 9, 33, 7], [8, 4]], [[3, 1], [2, 5]]
-    greedy, hot = [0.0] * 6, [1.3, 0.0, 0.4, 1.3, 0.0, 0.9]
-    table = torch.tensor(pages, dtype=torch.int32)
-
-    def plan_of(tokens: list[list[int]], past: list[int]) -> Plan:
-        plan = Plan.of(batch_of([(t, p, g) for t, p, g in zip(tokens, past, pages, strict=True)], all_logits=False))
-        fields = {name: getattr(plan, name) for name in Plan.__slots__}
-        return Plan(**{**fields, "pages": table})
-
-    def follow(change: str) -> tuple[list[int], tuple[int, int], torch.Tensor]:
-        kv = new_cache(model)
-        first = model.draw_plan(plan_of(prompts, [0, 0]), kv, greedy, [0, 0])
-        ends = first[1:] if change == "ends" else (511,)
-        onward = Onward(hot, [0, 0], ends)
-        model.draw_plan(plan_of([[first[0]], [first[1]]], [4, 2]), kv, greedy, [0, 0], onward)
-        second = model.draw_plan(plan_of([[first[0]], [first[1]]], [4, 2]), kv, greedy, [0, 0], onward)
-        if change == "halt":
-            model.halt()
-        next_ = [[token] for token in second]
-        draws, banned, past = hot, [0, 0], [5, 3]
-        if change == "token":
-            next_[1][0] = (next_[1][0] + 1) % 300
-        elif change == "draw":
-            draws = [*hot[:5], 0.1]
-        elif change == "ban":
-            banned = [0, 1, 7]
-        elif change == "place":
-            past = [5, 2]
-        before = model.step.program.ahead
-        found = model.draw_plan(plan_of(next_, past), kv, draws, banned)
-        after = model.step.program.ahead
-        keys = torch.cat([kv.keys[:, 3, :6], kv.keys[:, 2, : past[1] + 1]], dim=1)
-        return found, (after[0] - before[0], after[1] - before[1]), keys
-
-    for change in ("", "token", "draw", "ban", "place", "halt"):
-        model.runs_ahead = True
-        found, (taken, halted), keys = follow(change)
-        model.runs_ahead = False
-        wanted, _, exact = follow(change)
-        assert found == wanted and torch.equal(keys, exact), change
-        assert (taken, halted) == ((1, 0) if change == "" else (0, 0) if change == "halt" else (0, 1)), change
-
-
-def test_what_makes_no_sense_ahead_is_refused(tmp_path) -> None:
-    model = open_model(write(by_name("llama"), tmp_path), "cpu")
-    plan, kv = Plan.of(batch_of([([5, 9], 0, [0])], all_logits=False)), new_cache(model)
-    model.draw_plan(plan, kv, [0.0, 0.0, 0.0], [0])  # the pages and the angles are known
-    for onward, why in (
-        (Onward([-1.0, 0.0, 0.0], [0], ()), "temperature > 0"),
-        (Onward([0.0, 0.0, 0.0], [2, 5], ()), "end within those of draw 0"),
-        (Onward([0.0, 0.0, 0.0, 1.0], [0], ()), "3 numbers for each of 1 draws"),
-    ):
-        with pytest.raises(RuntimeError, match=why):
-            model.draw_plan(plan, kv, [0.0, 0.0, 0.0], [0], onward)
-
-
-def test_a_step_that_leaves_the_held_pages_or_the_angles_is_not_begun(tmp_path) -> None:
-    model = open_model(write(by_name("llama"), tmp_path), "cpu")
-    kv = new_cache(model)
-    onward = Onward([0.0, 0.0, 0.0], [0], ())
-    for length in (254, 255, 256):  # of a page of 256
-        plan = Plan.of(batch_of([([7], length - 1, [2])], all_logits=False))
-        for _ in range(2):
-            model.draw_plan(plan, kv, [0.0, 0.0, 0.0], [0], onward)
-        before = model.step.program.ahead[1]
-        model.halt()
-        assert model.step.program.ahead[1] - before == (length < 256)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

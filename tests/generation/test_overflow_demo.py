@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from rolling import question
 
 import exl_runtime as exl
 
@@ -25,13 +26,6 @@ def test_a_fact_of_the_system_prompt_outlives_the_context(demo, name: str) -> No
         assert name in asked.text and asked.dropped_tokens > 0
         # All that was new: the question, what the template puts around it, and the last token of the reply before.
         assert asked.prompt_tokens - asked.reused_tokens < 40
-
-
-CITIES = ("France", "Spain", "Italy", "Germany", "Japan", "China", "Norway", "Sweden", "Poland", "Egypt")
-
-
-def question(number: int) -> str:
-    return f"What is the capital of {CITIES[(number * number + number // 7) % 10]}?"
 
 
 @pytest.mark.parametrize("name", ["Ada", "Tom"])

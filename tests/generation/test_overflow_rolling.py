@@ -4,48 +4,11 @@ The fake keeps the rope position of a token as its value, and nothing turns its 
 what token n sees by plain arithmetic, catches a wrong page, a wrong position and a wrong window alike.
 """
 
-from collections.abc import Sequence
-
 import pytest
-import torch
-from fakes import EOS, LAYERS, FakeSampler, FakeTransformer, Rig, _from_state, request
+from fakes import EOS, FakeTransformer, Rig, request
+from rolling import SIZE, computed, rolled, turn
 
-from exl_runtime.generation.request import Result
 from exl_runtime.generation.stream import Dropped, Started
-
-SIZE = 4
-
-
-def seen_logits(tokens: Sequence[int], context: int, keep: int) -> torch.Tensor:
-    """What the fake says after the last of `tokens`, of which it sees sinks and the latest whole pages."""
-    pages = context // SIZE
-    sinks = max(1, min(-(-keep // SIZE), pages * 3 // 8))
-    last = (len(tokens) - 1) // SIZE
-    first = sinks * SIZE + max(0, last - pages + 1) * SIZE
-    places = [*range(sinks * SIZE), *range(first, len(tokens))] if last >= pages else range(len(tokens))
-    keys = torch.tensor([tokens[place] for place in places], dtype=torch.float32)
-    values = torch.tensor([place + 1.0 for place in places])
-    return _from_state(torch.stack([keys, values] * LAYERS))
-
-
-def rolled(prompt: Sequence[int], count: int, *, context: int, keep: int, seed: int = 0) -> tuple[int, ...]:
-    sampler, generated = FakeSampler(seed), []
-    while len(generated) < count and EOS not in generated:
-        logits = seen_logits([*prompt, *generated], context, keep)
-        generated.append(sampler.sample(logits, prompt, generated).id)
-    return tuple(generated)
-
-
-def computed(rig: Rig) -> int:
-    return sum(sum(new) for new in rig.model.passes)
-
-
-def turn(rig: Rig, prompt: Sequence[int], count: int, *, speculate: str = "off", **rest: int) -> Result:
-    rig.model.passes.clear()
-    rest = {"keep": 3, **rest}
-    (result,) = rig.generator.run([request(prompt, count, overflow="window", speculate=speculate, **rest)])
-    rig.check()
-    return result
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 7])
@@ -180,3 +143,18 @@ def test_windows_of_other_shape_share_nothing_that_depends_on_it() -> None:
     result = turn(rig, said, 5, keep=3)
     assert result.ids == rolled(said, 5, context=32, keep=3) and result.reused_tokens > 20
     assert turn(rig, said, 5, keep=8).ids == rolled(said, 5, context=32, keep=8)
+
+
+def test_a_rolled_conversation_comes_back_from_host_memory() -> None:
+    rig = Rig(context=32, pages=9, host_bytes=100_000)
+    said, known = [*range(9)], 0
+    for number in range(10):
+        for k in range(2):  # others take all the pages
+            rig.generator.run([request([29 - k, number, *range(26)], 4, overflow="window", speculate="off")])
+        result = turn(rig, said, 9, seed=number)
+        assert result.ids == rolled(said, 9, context=32, keep=3, seed=number)
+        assert result.prompt_tokens - result.reused_tokens == len(said) - known
+        rig.generator._scheduler.roller.sinks._kept.clear()
+        known = len(said) + len(result.ids) - 1
+        said += [*result.ids, number % 31, 7, 11]
+    assert len(said) > 3 * 32 and rig.generator.stats.host_tokens > 200

@@ -14,8 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl_runtime.cache.geometry import pages_seen
+from exl_runtime.cache.pages import PageTable
+from exl_runtime.cache.pools import Pool, Pools
 from exl_runtime.cache.snapshot import Identity, Snapshot, pieces, snapshot_bytes
 from exl_runtime.errors import StorageError, UsageError
+from exl_runtime.generation.guidance import Shadow
+from exl_runtime.model.batch import ForwardBatch
 
 SIZE, NEW, CONTEXT = 4, 8, 400
 ALL_ALIKE, MIXED, TWO = (6, 6), (None, 6), (13, 6)
@@ -55,7 +59,7 @@ def test_a_long_prompt_and_a_long_reply_take_few_pages(windows, speculate: str) 
     prompt, rig = prompt_of(90), rig_of(windows)
     ask(rig, prompt, 120, seed=long_seed(windows, prompt, 120), speculate=speculate)
     assert sum(sum(new) for new in rig.model.passes) >= 90 + 119
-    assert rig.kv.counts[-1] == pages_seen(6, NEW, SIZE, 99) + 1 == 6
+    assert rig.kv.counts[-1] == pages_seen(6, NEW, SIZE, 99) + 1 == 5
 
 
 def test_pages_of_a_reply_are_as_many_as_the_window_sees() -> None:
@@ -134,6 +138,41 @@ def test_a_draft_model_that_lags_behind_writes_to_nobody(windows) -> None:
         rig.check()
         for k, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
             assert result.ids == tuple(expected(prompt, 50, seed=k, windows=windows))
+
+
+@pytest.mark.parametrize("windows", KINDS)
+def test_a_draft_model_never_writes_where_a_page_has_left(windows) -> None:
+    """It reads what the reply added only when it guesses or the reply ends: by then the oldest of that has left."""
+    draft = FakeTransformer(FakeSpec(windows=windows))
+    rig, wrong, last = rig_of(windows, times=2, draft=draft), [], [0]
+
+    def look(batch: ForwardBatch) -> None:
+        (sequence,) = rig.generator._scheduler.running
+        if int(batch.positions.min()) // SIZE < max(held.gone for held in sequence.held):
+            wrong.append(batch.positions)
+        last[0] = int(batch.positions.max())
+
+    draft.before = look
+    rig.generator.run([request(prompt_of(40), 60, seed=long_seed(windows, prompt_of(40), 60), speculate="off")])
+    rig.check()
+    assert last == [40 + 60 - 2] and not wrong
+
+
+def test_guidance_begins_anew_where_its_pages_were_written_over() -> None:
+    pools = Pools([Pool(PageTable(20, page_size=SIZE, loose=True), 6, 9)])
+    shadow, starts, row = Shadow(range(40), scale=2.0, most=70, rope_length=0), [], torch.zeros(3)
+
+    def compute(ids: Sequence[int], tables: Sequence[Sequence[int]], start: int, rope_length: int) -> torch.Tensor:
+        assert len(tables[0]) * SIZE >= start + len(ids)
+        starts.append(start)
+        return torch.zeros(3)
+
+    shadow.open(pools, NEW)
+    for reply in (range(25), range(26), range(24), range(23), range(0)):
+        shadow.guided(row, reply, compute=compute)
+    assert starts == [0, 65, 63, 62, 0]
+    shadow.release()
+    assert pools[0].table.available == 20
 
 
 def test_a_context_for_which_the_window_is_none_is_refused() -> None:

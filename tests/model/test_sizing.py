@@ -10,6 +10,7 @@ from exl_runtime.cache import storage
 from exl_runtime.cli.main import main
 from exl_runtime.errors import OutOfMemory
 from exl_runtime.model import placement, summary
+from exl_runtime.runtime import draft
 
 MIB = 1 << 20
 
@@ -71,6 +72,24 @@ def test_what_cannot_fit_is_said_before_anything_is_read(demo, monkeypatch, free
         exl.load(demo, threads=1, context=context, cache="fp32")
     said = summary.summarize(demo, None if context == "auto" else context, cache="fp32")
     assert not said.load_cache_bytes, "exl info says the same"
+
+
+@pytest.mark.parametrize(("cache", "free"), [("fp32", 40 * MIB), ("q4", 80 * MIB)])
+def test_a_draft_model_has_room_beside_it(demo, monkeypatch, weights: int, cache: str, free: int) -> None:
+    """Each page of the one comes with a page of the other, which has exact keys and values here."""
+    pretend(monkeypatch, free)
+    monkeypatch.setattr(draft, "free_memory", lambda device: free)
+    with exl.load(demo, threads=1, cache=cache) as rt:
+        alone = rt.info.cache_bytes
+    with exl.load(demo, threads=1, cache=cache, draft=demo) as rt:
+        drafter = rt._engine()._speculator.drafter
+        assert rt.info.cache_bytes < alone
+        # The made-up memory is what is free behind the model's own weights.
+        assert weights + drafter.kv.nbytes + rt.info.cache_bytes <= free
+        assert drafter.kv.counts == rt._engine().kv.counts
+    monkeypatch.setattr(draft, "free_memory", lambda device: 2 * MIB)
+    with pytest.raises(OutOfMemory, match="too little"):
+        exl.load(demo, threads=1, cache=cache, draft=demo)
 
 
 def test_info_tells_both_sizes(capsys) -> None:

@@ -12,11 +12,12 @@ import torch
 from conftest import unavailable
 from driving import batch_of, new_cache, open_model
 from quantize import quantize_folder
-from stepping import IDS, assert_same
+from stepping import IDS, assert_same, passes
 from tiny import FAMILIES, by_name, write
 
-from exl_runtime.cache.types import cache_type
+from exl_runtime.cache.types import FP32, cache_type
 from exl_runtime.errors import NonFiniteError
+from exl_runtime.model.placement import geometry_of
 from exl_runtime.ops import native
 
 
@@ -40,6 +41,20 @@ def test_every_family_has_the_bits_of_its_operators(family, root, monkeypatch) -
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_every_cache(family, name, root, monkeypatch) -> None:
     assert_same(open_model(write(by_name(family), root), "cpu"), monkeypatch, cache_type(name))
+
+
+@pytest.mark.parametrize("name", ["fp32", "q8"])
+@pytest.mark.parametrize(
+    ("family", "groups"), [("gemma2", 2), ("gemma3", 2), ("qwen2_window", 2), ("mistral", 1), ("phi3", 1)]
+)
+def test_window_layers_with_pages_of_their_own(family, groups, name, root, monkeypatch) -> None:
+    model = open_model(write(by_name(family), root), "cpu")
+    found = geometry_of(model.spec, FP32, 2048).groups
+    assert len(found) == groups and found[-1].window is not None
+    assert_same(model, monkeypatch, cache_type(name), context=2048)
+    # What they keep less changes nothing.
+    for part, whole in zip(passes(model, FP32, 2048), passes(model, FP32), strict=True):
+        assert torch.equal(part[0], whole[0])
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -1,17 +1,23 @@
 """Tokens drawn inside the native pass: those that are drawn from the logits of the same pass."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import unavailable
 from driving import batch_of, new_cache, open_model
+from stepping import in_groups
 from tiny import by_name, write
 
 import exl_runtime as exl
+from exl_runtime.cache.storage import KVStorage
+from exl_runtime.cache.types import FP32
 from exl_runtime.model.batch import Plan
+from exl_runtime.model.placement import geometry_of
+from exl_runtime.model.step import Onward
 from exl_runtime.model.transformer import Transformer
-from exl_runtime.ops import sample
+from exl_runtime.ops import native, sample
 
 IDS = [(7 * i * i + 3 * i + 11) % 128 + 3 for i in range(40)]
 
@@ -51,6 +57,37 @@ def test_tokens_are_those_of_the_logits(family, root) -> None:
             else:
                 wanted = sample.argmax(row, ids)
             assert drawn.pop(0) == wanted and wanted not in ids
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_window", "qwen3_moe"])
+def test_passes_ahead_use_the_pages_of_every_group(family, root) -> None:
+    """Token by token, with and without passes that run ahead: the same tokens, keys and values."""
+    before = native.ops().set_threads(0)
+    native.ops().set_threads(1)  # so that a CPU is left for the caller
+    model = open_model(write(by_name(family), root), "cpu")
+    greedy, onward = [0.0, 0.0, 0.0], Onward([0.0, 0.0, 0.0], [0], ())
+    found = []
+    try:
+        for ahead in (True, False):
+            model.runs_ahead = ahead
+            kv = KVStorage(geometry_of(model.spec, FP32, 2048), 6, torch.device("cpu"))
+            assert len(kv.counts) == (1 if family == "qwen3_moe" else 2)
+            count = model.step.program.ahead[0]
+            ids, tables = IDS[:30], None
+            for _ in range(20):
+                past = 0 if tables is None else len(ids) - 1
+                batch = in_groups(batch_of([(ids[past:], past, [3])], all_logits=False), kv)
+                tables = batch.pages if tables is None else tables
+                plan = replace(Plan.of(batch), pages=tables)
+                ids = [*ids, *model.draw_plan(plan, kv, greedy, [0], onward)]
+            model.halt()
+            found.append((ids, [tensor[:, :, :48] for part in kv.parts for tensor in part]))
+            assert (model.step.program.ahead[0] - count > 10) == ahead
+    finally:
+        native.ops().set_threads(before)
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_cannot_be_drawn_is_left_to_others(root) -> None:

@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import Driven, linears_of, write_adapter
+from adapters import Driven, linears_of, shapes_of, write_adapter
 from conftest import unavailable
 from driving import batch_of, new_cache, open_model
 from quantize import quantize_folder
 from stepping import IDS
 from tiny import by_name, model_of, write
 
+import exl_runtime as exl
+from exl_runtime.cache.storage import KVStorage
+from exl_runtime.cache.types import FP32
 from exl_runtime.errors import NonFiniteError
 from exl_runtime.model.adapter_loading import load_adapter
 from exl_runtime.model.lora import Adapter, mix_of
+from exl_runtime.model.placement import geometry_of
 from exl_runtime.model.transformer import Transformer
 from exl_runtime.ops import native
 from exl_runtime.ops.step import AdapterChange, Program
@@ -129,6 +133,49 @@ def test_attention_and_the_head_alone(family, root, monkeypatch, shared) -> None
     adapted = Driven(model, mix_of([(one, 1.0)])).forward(batch_of([(IDS[:5], 0, [0])]), other)
     assert not torch.equal(plain, adapted)
     assert torch.equal(model.forward(batch_of([(IDS[:5], 0, [0])]), kv), plain), "a pass has only its own adapters"
+
+
+def test_window_layers_with_pages_of_their_own(root, shared) -> None:
+    model = open_model(write(by_name("gemma2"), root), "cpu")
+    mix = mix_of([(loaded(root, "gemma2", model, 1), 1.0)])
+    batch = batch_of([(IDS[:40], 0, [3])])
+    groups = KVStorage(geometry_of(model.spec, FP32, context=2048), (6, 6), "cpu")
+    assert len(groups.counts) == 2
+    apart = replace(batch, slots=batch.slots.repeat(2), pages=batch.pages.repeat(2, 1))
+    found = Driven(model, mix).forward(apart, groups)
+    assert torch.equal(found, Driven(model, mix).forward(batch, new_cache(model)))
+    assert shared == [1, 1]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.1, "min_p": 0.02, "seed": 5}], ids=str)
+def test_replies_do_not_depend_on_who_draws(sampling, tmp_path, monkeypatch, demo) -> None:
+    """Requests with different adapters beside one without, drawn natively, from logits, and operator by operator."""
+    calls = []
+    original = Transformer.draw_plan
+
+    def counted(self, plan, *rest):
+        calls.append(plan)
+        return original(self, plan, *rest)
+
+    monkeypatch.setattr(Transformer, "draw_plan", counted)
+    params = exl.SamplingParams(ignore_eos=True, **sampling)
+    loras = [{"one": 1.0}, {}, {"one": 0.5, "two": -0.5}]
+
+    def replies() -> list[list[int]]:
+        with exl.load(demo, context=512, threads=1, speculate="off") as rt:
+            for seed, name in enumerate(("one", "two")):
+                shapes = shapes_of(rt._engine().model, ("q_proj", "down_proj"))
+                rt.load_lora(write_adapter(tmp_path / name, shapes, seed=seed), name)
+            alone = [rt.generate("Once upon", max_tokens=24, sampling=params, lora=lora).ids for lora in loras]
+            together = rt.generate(["Once upon", "The fox"], max_tokens=24, sampling=params, lora=loras[0])
+        return [*alone, *(result.ids for result in together)]
+
+    ours = replies()
+    assert any(plan.mixes for plan in calls) and len({tuple(ids) for ids in ours}) == 4
+    monkeypatch.setattr(Transformer, "draws", False)
+    assert replies() == ours
+    monkeypatch.setattr("exl_runtime.model.transformer.native_step", lambda *parts, **options: None)
+    assert replies() == ours
 
 
 def test_a_pass_that_is_refused_leaves_no_adapter_behind(root) -> None:

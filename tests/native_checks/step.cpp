@@ -121,17 +121,38 @@ void check_case(const check::Ways& ways, const std::string& name, const Case& c,
   const int64_t value_row = c.value_bits ? kv_row_bytes(c.head_dim, c.value_bits) : c.head_dim * element_bytes(c.dtype);
   const int64_t heads = layout.pages * c.page_size * c.kv_heads;
   ways.each([&](int team) {
-    Buffer<uint8_t> keys(layers * heads * key_row), values(layers * heads * value_row);
+    // Every second layer is in a group with pages of its own: the same ones, counted from the other end.
+    std::vector<Buffer<uint8_t>> keys, values;
+    std::vector<StepHome> homes;
+    for (int64_t l = 0; l < layers; ++l) homes.push_back({l % 2, l / 2});
+    for (int64_t g = 0; g < 2; ++g) {
+      keys.emplace_back((layers + 1 - g) / 2 * heads * key_row);
+      values.emplace_back((layers + 1 - g) / 2 * heads * value_row);
+    }
+    Buffer<int32_t> other_table(table.size());
+    for (int64_t i = 0; i < table.size(); ++i) other_table[i] = int32_t(table[i] < 0 ? -1 : layout.pages - 1 - table[i]);
     std::vector<float> said;
     for (size_t p = 0; p < passes.size(); ++p) {
       const Inputs& in = passes[p];
       StepBatch b{};
       b.rows = in.pass.tokens.size(), b.sequences = in.kv_lengths.size();
       b.table_width = layout.table_width, b.page_size = c.page_size;
-      b.tokens = in.pass.tokens.data(), b.slots = in.slots.data(), b.places = in.places.data();
-      b.q_starts = in.q_starts.data(), b.kv_lengths = in.kv_lengths.data(), b.page_table = table.data();
+      b.tokens = in.pass.tokens.data(), b.places = in.places.data();
+      b.q_starts = in.q_starts.data(), b.kv_lengths = in.kv_lengths.data();
       b.ropes = angles.ropes.data(), b.rope_count = int64_t(angles.ropes.size());
-      b.keys = {keys.data(), heads * key_row, c.key_bits}, b.values = {values.data(), heads * value_row, c.value_bits};
+      Buffer<int64_t> other_slots(b.rows);
+      for (int64_t r = 0; r < b.rows; ++r) {
+        const int64_t page = in.slots[r] / c.page_size;
+        other_slots[r] = (layout.pages - 1 - page) * c.page_size + in.slots[r] % c.page_size;
+      }
+      StepGroup groups[2];
+      for (size_t g = 0; g < 2; ++g) {
+        groups[g].keys = {keys[g].data(), heads * key_row, c.key_bits};
+        groups[g].values = {values[g].data(), heads * value_row, c.value_bits};
+        groups[g].slots = g == 0 ? in.slots.data() : other_slots.data();
+        groups[g].page_table = g == 0 ? table.data() : other_table.data();
+      }
+      b.groups = groups, b.homes = homes.data();
       b.page_dtype = c.dtype;
       b.logit_rows = in.logit_rows.data(), b.logits = in.logit_rows.size();
       std::vector<Buffer<float>> weights;  // of every row, for each adapter

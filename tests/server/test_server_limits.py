@@ -108,6 +108,15 @@ def test_a_body_without_a_length_is_limited_too(real) -> None:
         assert link.getresponse().status == 413
 
 
+def test_a_client_that_leaves_amid_its_body_is_no_failure(real, caplog) -> None:
+    with served(Scripted(real, "hi")) as serving:
+        with socket.create_connection(("127.0.0.1", serving.port)) as link:
+            link.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
+            wait_for(lambda: serving.server.server_state.connections)
+        wait_for(lambda: any(" 499 " in line for line in serving.lines))
+        assert not caplog.records and serving.desk.pending == 0
+
+
 def test_headers_are_limited(real) -> None:
     with served(Scripted(real, "hi")) as serving, socket.create_connection(("127.0.0.1", serving.port)) as link:
         link.settimeout(20)

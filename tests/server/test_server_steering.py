@@ -130,6 +130,16 @@ def test_adapters_by_request(client, runtime) -> None:
     for lora in ("tale", ["tale"], {"tale": 1.0}):
         wanted = runtime.generate(ASK, max_tokens=24, sampling=GREEDY, lora="tale").text
         assert chat(client, lora=lora).choices[0].message.content == wanted
+    listed = {model.id: getattr(model, "parent", None) for model in client.models.list()}
+    assert listed == {"demo": None, "tale": "demo"} and client.models.retrieve("tale").parent == "demo"
+    options = {"messages": ASK, "temperature": 0, "max_tokens": 24}
+    made = client.chat.completions.create(model="tale", **options)
+    assert made.choices[0].message.content == wanted != plain and made.model == "tale", "as a model of its own"
+    chunks = list(client.chat.completions.create(model="tale", stream=True, **options))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted and chunks[0].model == "tale"
+    assert client.completions.create(model="tale", prompt="x", max_tokens=1).model == "tale"
+    with pytest.raises(openai.NotFoundError, match="no model 'tales'"):
+        client.chat.completions.create(model="tales", **options)
     runtime.set_lora("tale")
     try:
         assert chat(client, lora=[]).choices[0].message.content == plain

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...console.terminal import clean_line
 from ...errors import UsageError
-from .. import history, status, store
+from .. import clipboard, history, status, store
 from ..blocks import code_blocks
 from ..export import FORMATS, export
 from ..session import ChatSession
@@ -140,9 +140,11 @@ def _copy(chat: Conversation, rest: str) -> None:
         if not rest.isdecimal() or not 1 <= int(rest) <= len(blocks):
             raise UsageError(f"there is no code block {rest}", hint=f"the last reply has {len(blocks)}")
         text, what = blocks[int(rest) - 1], f"code block {rest}"
-    if not chat.screen.copy(text):
+    sent, taken = chat.screen.copy(text), clipboard.offer(text)
+    if not (sent or taken):
         raise UsageError("this terminal has no clipboard that could be reached", hint="/save writes a file")
-    chat.screen.notice(f"copied {what} ({len(text)} characters), if the terminal allows it")
+    how = f" with {taken}" if taken else ", if the terminal allows it"
+    chat.screen.notice(f"copied {what} ({len(text)} characters){how}")
 
 
 COMMANDS = (
