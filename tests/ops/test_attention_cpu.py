@@ -91,6 +91,9 @@ CASES = {
     "window and wide softcap": Case([(20, 600)], heads=2, kv_heads=1, head_dim=128, window=300, softcap=50.0),
     "large heads": Case([(4, 280)], heads=2, kv_heads=1, head_dim=512, dtype=torch.bfloat16),
     "small pages": Case([(33, 60), (1, 100)], page=16, head_dim=48, window=30),
+    "eight queries to a key": Case([(1, 600), (1, 31)], heads=16, kv_heads=2, head_dim=64),
+    "more heads than are taken together": Case([(1, 520), (2, 270)], heads=24, kv_heads=24, head_dim=128, page=16),
+    "heads that nothing divides, window": Case([(1, 800), (1, 290)], heads=20, kv_heads=5, head_dim=64, window=301),
 }  # fmt: skip
 
 
