@@ -79,12 +79,13 @@ def test_small_operations_compute_what_torch_computes(where: Where) -> None:
 
 def test_copies_exceed_the_cache() -> None:
     where = Where(device=CPU, backend="reference", cache_bytes=100_000)
-    assert where.copies(200_000) == 2
+    assert where.copies(800_000) == 2
     assert where.copies(1_000_000) == 2
-    assert where.copies(60_000) == 4
-    assert where.copies(10) == 256
+    assert where.copies(200_000) == 4
+    assert where.copies(60_000) == 14
+    assert where.copies(10) == 1024
     for case in linear_cases("q", 64, 64, Stored("exl2", 4), (1,), where):
-        assert case.copies * case.nbytes > where.cache_bytes
+        assert case.copies * case.nbytes >= 8 * where.cache_bytes
         assert {call(0).dtype for call, _ in case.others.values()} == {torch.float32, torch.bfloat16}
 
 
