@@ -145,7 +145,7 @@ class Generator:
 
     @property
     def stats(self) -> GeneratorStats:
-        totals = self._engine.totals
+        totals, tables = self._engine.totals, [pool.table for pool in self.pools]
         return GeneratorStats(
             requests=totals.requests,
             prompt_tokens=totals.prompt_tokens,
@@ -155,9 +155,9 @@ class Generator:
             steps=totals.steps,
             waiting=len(self._submitted) + len(self._scheduler.waiting),
             running=len(self._scheduler.running),
-            pages_total=self.table.pages,
-            pages_held=self.table.pages - self.table.available,
-            pages_idle=self.table.idle,
+            pages_total=sum(table.pages for table in tables),
+            pages_held=sum(table.pages - table.available for table in tables),
+            pages_idle=sum(table.idle for table in tables),
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
             host_tokens=max(tiers.tokens_from("host") for tiers in self._below),

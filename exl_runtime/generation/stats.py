@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorStats:
-    """Counters over all ended requests, and the present use of the cache in pages."""
+    """Counters over all ended requests, and the present use of the cache in pages, those of all pools together."""
 
     requests: int
     prompt_tokens: int

@@ -57,6 +57,7 @@ def test_the_same_text_in_less_memory(folder: Path, monkeypatch: pytest.MonkeyPa
     with exl.load(folder, context=CONTEXT, threads=1) as rt:
         few, least = talk(rt), rt.info.cache_bytes
         assert rt.stats.pages_held == 0
+        assert rt._generator is not None and rt.stats.pages_total == sum(rt._generator.kv.counts)
     loading = import_module("exl_runtime.runtime.load")
     original = loading.geometry_of
     monkeypatch.setattr(loading, "geometry_of", lambda spec, cache, context=None: original(spec, cache))
