@@ -151,8 +151,9 @@ class FakeRuntime:
             ids: tuple[int, ...] = tuple(map(ord, prompt))
         elif prompt and isinstance(prompt[0], dict):
             messages = list(prompt)
-            whole = len(self.render(messages).ids)
-            while len(ids := self.render(messages).ids) + 20 > self.info.context:
+            more = {"template_args": steer.get("template_args")}
+            whole = len(self.render(messages, **more).ids)
+            while len(ids := self.render(messages, **more).ids) + 20 > self.info.context:
                 first = 1 if messages[0]["role"] == "system" else 0
                 if overflow == "error" or len(messages) <= first + 1:
                     raise PromptTooLong(f"the prompt is {len(ids)} tokens", hint="shorten it")

@@ -24,6 +24,7 @@ from .options import (
     given_sampling,
     open_runtime,
     stop_texts,
+    template_args,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         stop_loop=args.stop_loop,
         overflow=args.overflow,
         sampling=chosen_sampling(args),
+        template_args=template_args(args),
         **shaped(args),
     )
     kept = _kept(args)  # before a model is opened in vain
@@ -169,6 +171,7 @@ def overlaid(saved: ReplySettings, args: argparse.Namespace) -> ReplySettings:
         stop=stop_texts(args) or saved.stop,
         stop_ids=tuple(args.stop_id or saved.stop_ids),
         stop_loop=args.stop_loop or saved.stop_loop,
+        template_args={**saved.template_args, **template_args(args)},
         overflow=saved.overflow if args.overflow == OVERFLOW else args.overflow,
         **shaped(args),
     )

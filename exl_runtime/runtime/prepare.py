@@ -126,8 +126,8 @@ class Preparer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """Apply the chat template, with `template_args` as variables of it. Raises TemplateError when the model has none,
-        or when it refuses; UsageError for a name that is not the caller's to set."""
+        """Apply the chat template, with `template_args` as variables of it. Raises TemplateError when the model has
+        none, or when it refuses; UsageError for a name that is not the caller's to set."""
         if self.template is None:
             raise TemplateError(
                 "this model has no chat template",
@@ -182,7 +182,13 @@ class Preparer:
         other = self.render(start, tools=tools, template_args=template_args).ids
         return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
 
-    def _fitting(self, messages: list[dict[str, Any]], max_tokens: int | None, past: bytes, template_args: Mapping[str, Any] | None) -> Prepared:
+    def _fitting(
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int | None,
+        past: bytes,
+        template_args: Mapping[str, Any] | None,
+    ) -> Prepared:
         starts = turn_starts(messages)
         head, last = messages[: starts[0]] if starts else messages, max(0, len(starts) - 1)
         rendered: dict[int, tuple[int, ...]] = {}

@@ -43,7 +43,8 @@ def checked_args(given: Any) -> dict[str, Any]:
             found[check_name(name)] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as err:
             raise UsageError(
-                f"the template variable {name} is {value!r:.60}", hint="give what JSON has: a text, a number, a list ..."
+                f"the template variable {name} is {value!r:.60}",
+                hint="give what JSON has: a text, a number, a list ...",
             ) from err
     return found
 
