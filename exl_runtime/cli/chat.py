@@ -67,7 +67,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
-    from ..chat import memory, repl
+    from ..chat import memory, repl, variables
     from ..chat.recall import recall_kept
     from ..chat.screen import make_screen
 
@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         if args.system is not None:
             session.system = user_text(args.system)
         if not terminal.interactive:
+            if note := variables.warning(runtime, session.settings.template_args):
+                screen.warning(note)
             if not repl.run_piped(session, repl.stdin_lines(), screen, verbose=bool(args.verbose)):
                 screen.notice("exl: there was no message on standard input")
             return 0

@@ -140,6 +140,8 @@ def test_what_the_model_reads_and_how_it_chooses(repo: Path, tmp_path: Path) -> 
                 ("/tokens ab", "2 tokens", ["2 tokens", "97    a", "98    b"]),
                 ("/set temp 0.5", "0.5", ["temperature = 0.5"]),
                 ("/set stop_loop 8 3", "8 3", ["stop_loop = 8 3"]),
+                ("/set template.enable_thinking off", "false", ["template.enable_thinking = false"]),
+                ("/set template.bos_token x", "cannot", None),
                 ("/set guidance 1.5", "1.5", None),
                 ('/set negative "Be rude."', "rude", ["negative = Be rude."]),
                 ("/set guidance 1", "= 1", None),
