@@ -127,7 +127,7 @@ def test_what_the_model_reads_and_how_it_chooses(repo: Path, tmp_path: Path) -> 
                 ("hello", "gen 20", None),
                 (
                     "/template",
-                    "44 tokens",
+                    "enable_thinking",
                     [
                         "<user>hello",
                         "<assistant>The **first** reply.",
@@ -135,6 +135,8 @@ def test_what_the_model_reads_and_how_it_chooses(repo: Path, tmp_path: Path) -> 
                         "44 tokens:",
                         "60 117 115 101 114 62 104 101 108 108 111 10 60 97 115 115 105 115 116 97 110 116 62 84 10",
                         "4 101 32 42 42 102 105 114 115 116 42 42 32 114 101 112 108 121 46 10",
+                        "variables of the template (/set changes them)",
+                        "template.enable_thinking    not set",
                     ],
                 ),
                 ("/tokens ab", "2 tokens", ["2 tokens", "97    a", "98    b"]),
@@ -142,6 +144,7 @@ def test_what_the_model_reads_and_how_it_chooses(repo: Path, tmp_path: Path) -> 
                 ("/set stop_loop 8 3", "8 3", ["stop_loop = 8 3"]),
                 ("/set template.enable_thinking off", "false", ["template.enable_thinking = false"]),
                 ("/set template.bos_token x", "cannot", None),
+                ("/set template.enable_thinking default", "not set", None),
                 ("/set guidance 1.5", "1.5", None),
                 ('/set negative "Be rude."', "rude", ["negative = Be rude."]),
                 ("/set guidance 1", "= 1", None),

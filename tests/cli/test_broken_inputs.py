@@ -197,7 +197,8 @@ def run_with(redirection: str, *arguments: str) -> "subprocess.CompletedProcess[
     command = f'exec "$@" {redirection}'
     program = [sys.executable, "-m", "exl_runtime", *arguments]
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run(["sh", "-c", command, "sh", *program], capture_output=True, timeout=60, cwd=root, check=False)
+    whole = ["sh", "-c", command, "sh", *program]
+    return subprocess.run(whole, capture_output=True, timeout=AGES, cwd=root, check=False)
 
 
 @pytest.mark.parametrize(
