@@ -88,21 +88,25 @@ class FakeRuntime:
     def close(self) -> None:
         self.closed = True
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> Rendered:
-        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+    def render(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True, *, template_args: Any = None
+    ) -> Rendered:
+        text = "".join(f"[{name}={value}]" for name, value in (template_args or {}).items())
+        text += "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         text += "<assistant>" if add_generation_prompt else ""
         return Rendered(text, tuple(map(ord, text)))
 
-    def head(self, messages: list[dict[str, str]], ids: Any) -> int:
-        return len(self.render(messages[:1], False).ids) if messages[0]["role"] == "system" else 0
+    def head(self, messages: list[dict[str, str]], ids: Any, *, template_args: Any = None) -> int:
+        start = messages[: messages[0]["role"] == "system"]
+        return len(self.render(start, False, template_args=template_args).ids)
 
     def remember(self, text: str) -> None:
         self.remembered.append(text)
 
     @contextmanager
-    def held_kv(self, messages: list[dict[str, str]], *, past: bytes = b"") -> Iterator[Any]:
+    def held_kv(self, messages: list[dict[str, str]], *, past: bytes = b"", template_args: Any = None) -> Iterator[Any]:
         """Keys and values are the text itself; they say which model made them."""
-        ids = self.render(messages, add_generation_prompt=False).ids
+        ids = self.render(messages, add_generation_prompt=False, template_args=template_args).ids
         count = len(ids) if self._cached else 0
         data = f"{self.info.name}\n{self.tokenizer.decode(ids[:count])}".encode()
         yield SimpleNamespace(tokens=count, nbytes=len(data), pieces=iter([data[:5], data[5:]]))
@@ -147,8 +151,9 @@ class FakeRuntime:
             ids: tuple[int, ...] = tuple(map(ord, prompt))
         elif prompt and isinstance(prompt[0], dict):
             messages = list(prompt)
-            whole = len(self.render(messages).ids)
-            while len(ids := self.render(messages).ids) + 20 > self.info.context:
+            more = {"template_args": steer.get("template_args")}
+            whole = len(self.render(messages, **more).ids)
+            while len(ids := self.render(messages, **more).ids) + 20 > self.info.context:
                 first = 1 if messages[0]["role"] == "system" else 0
                 if overflow == "error" or len(messages) <= first + 1:
                     raise PromptTooLong(f"the prompt is {len(ids)} tokens", hint="shorten it")

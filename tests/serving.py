@@ -75,10 +75,12 @@ class Scripted:
         self.seen: list[dict[str, Any]] = []
         self.pause = 0.0
 
-    def render(self, messages: Any, add_generation_prompt: bool = True, *, tools: Any = None, extra: Any = None) -> Any:
+    def render(
+        self, messages: Any, add_generation_prompt: bool = True, *, tools: Any = None, template_args: Any = None
+    ) -> Any:
         """Through the template, and kept in `rendered`."""
         text, ids = self.template.encode(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_args=template_args
         )
         self.rendered = text
         return _Rendered(text, tuple(ids))

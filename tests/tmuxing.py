@@ -13,14 +13,14 @@ from pathlib import Path
 
 SCRIPT = """
 import json, sys
-from types import SimpleNamespace
 from fake_runtime import FakeRuntime, Info
 from exl_runtime.cli import chat, main
+from exl_runtime.tokenizer.template import ChatTemplate
 replies, context, delay = json.loads(sys.argv[1])
 
 def opened(args):
     runtime = FakeRuntime(list(replies), info=Info(context=context, name=args.model, path=args.model), delay=delay)
-    runtime.template = SimpleNamespace(sources={"default": "<think>"})
+    runtime.template = ChatTemplate.from_text("<think>{{ enable_thinking }}")
     return runtime
 
 chat.open_runtime = opened

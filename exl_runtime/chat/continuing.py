@@ -3,7 +3,7 @@
 The runtime cannot see turns in them any more, so which whole turns leave when they do not fit is decided here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,18 @@ def continuation(
     known: Sequence[int],
     settings: ReplySettings,
     past: bytes = NOTHING,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Continuation:
     """The prompt for going on behind `known`, the tokens of the reply to the last of `messages`, before which `past`
     left.
 
     With overflow "drop" the oldest whole turns leave, as they do for a new message; the system prompt and the turn
     that is answered stay. Where that is not enough, and with other policies, the generator decides by tokens.
+    `template_args` as `Runtime.render` takes them.
     """
-    without, most = _shortened(runtime, messages, known)
+    without, most = _shortened(runtime, messages, known, template_args)
     if settings.overflow == "window":
-        return Continuation(without(0), keep=runtime.head(messages, without(0)))
+        return Continuation(without(0), keep=runtime.head(messages, without(0), template_args=template_args))
     turns: int | None = 0
     if settings.overflow == "drop":
         limit = prompt_limit(runtime.info.context, settings.max_tokens)
@@ -77,7 +79,11 @@ def continuation(
 
 
 def led_away(
-    runtime: "Runtime", messages: Sequence[dict[str, str]], known: Sequence[int], settings: ReplySettings
+    runtime: "Runtime",
+    messages: Sequence[dict[str, str]],
+    known: Sequence[int],
+    settings: ReplySettings,
+    template_args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The arguments of `Runtime.stream` for guidance; none where there is nothing to be led away from.
 
@@ -90,14 +96,17 @@ def led_away(
     other = [{"role": "system", "content": settings.negative}] if settings.negative else []
     if [*other, *said] == list(messages):
         return {}
-    without, most = _shortened(runtime, [*other, *said], known)
+    without, most = _shortened(runtime, [*other, *said], known, template_args)
     limit = max(1, runtime.info.context - settings.max_tokens)
     turns = turns_to_drop(lambda count: len(without(count)), most, limit=limit)
     return {"guidance": settings.guidance, "negative_prompt": list(without(most if turns is None else turns))}
 
 
 def _shortened(
-    runtime: "Runtime", messages: Sequence[dict[str, str]], known: Sequence[int]
+    runtime: "Runtime",
+    messages: Sequence[dict[str, str]],
+    known: Sequence[int],
+    template_args: Mapping[str, Any] | None,
 ) -> tuple[Callable[[int], tuple[int, ...]], int]:
     """The prompt as a function of how many of the oldest turns are left out of it; and the most that may be."""
     starts = _starts(messages)
@@ -105,7 +114,8 @@ def _shortened(
 
     def without(turns: int) -> tuple[int, ...]:
         if turns not in rendered:
-            rendered[turns] = tuple(runtime.render([*messages[: starts[0]], *messages[starts[turns] :]]).ids)
+            kept = [*messages[: starts[0]], *messages[starts[turns] :]]
+            rendered[turns] = tuple(runtime.render(kept, template_args=template_args).ids)
         return (*rendered[turns], *known)
 
     return without, len(starts) - 1

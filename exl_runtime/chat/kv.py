@@ -6,10 +6,10 @@ conversation goes or when something of it is deleted. One that does not fit is r
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..console.terminal import clean_line
 from ..errors import ExlError, SessionError, UsageError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".kv"
 Messages = Sequence[dict[str, str]]
+Asked: TypeAlias = "tuple[Runtime, Messages, bytes, Mapping[str, Any]]"
 
 
 def kv_path(path: Path) -> Path:
@@ -54,8 +55,9 @@ class KVBeside:
     `due`: a reply was made since. `problem` is why a snapshot could not be used, until somebody has read it out.
     """
 
-    def __init__(self, ask: "Callable[[], tuple[Runtime, Messages, bytes]]") -> None:
-        """`ask`: the present model, the messages it sees, and the digest of those before them (`tokenizer.past`)."""
+    def __init__(self, ask: "Callable[[], Asked]") -> None:
+        """`ask`: the present model, the messages it sees, the digest of those before them (`tokenizer.past`), and the
+        variables of its template."""
         self._ask = ask
         self.auto = False
         self.due = False
@@ -64,15 +66,15 @@ class KVBeside:
 
     def size(self) -> KVSize:
         """What `save` would write now. Raises UsageError: nothing is in the cache."""
-        runtime, messages, past = self._asked()
-        with runtime.held_kv(messages, past=past) as held:
+        runtime, messages, past, args = self._asked()
+        with runtime.held_kv(messages, past=past, template_args=args) as held:
             _require(held.tokens)
             return KVSize(held.tokens, held.nbytes)
 
     def save(self, path: Path) -> KVSize:
         """Write what the cache holds of this conversation beside `path`. Raises SessionError, UsageError."""
-        runtime, messages, past = self._asked()
-        with runtime.held_kv(messages, past=past) as held:
+        runtime, messages, past, args = self._asked()
+        with runtime.held_kv(messages, past=past, template_args=args) as held:
             _require(held.tokens)
             there = kv_path(path)
             try:
@@ -113,11 +115,11 @@ class KVBeside:
         problem, self.problem = self.problem, None
         return problem
 
-    def _asked(self) -> "tuple[Runtime, Messages, bytes]":
-        runtime, messages, past = self._ask()
-        if not any(message["role"] != "system" for message in messages):
+    def _asked(self) -> "Asked":
+        asked = self._ask()
+        if not any(message["role"] != "system" for message in asked[1]):
             raise UsageError("nothing was said yet")
-        return runtime, messages, past
+        return asked
 
 
 def _require(tokens: int) -> None:

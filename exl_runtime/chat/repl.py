@@ -13,7 +13,7 @@ from ..console.terminal import user_text
 from ..errors import ExlError
 from ..generation.request import Result
 from ..generation.stream import Dropped, Finished, Text
-from . import memory, status
+from . import memory, status, variables
 from .commands import Conversation, handle, message, show_loaded
 from .converse import Shown
 from .editor import Editor
@@ -35,6 +35,8 @@ def greet(session: ChatSession, screen: Screen) -> None:
         screen.notice(status.DEMO_NOTICE)
         screen.table([("try", prompt) for prompt in status.DEMO_PROMPTS])
         screen.notice(status.DEMO_WAY_OUT)
+    if note := variables.warning(session.runtime, session.settings.template_args):
+        screen.warning(note)
     screen.notice("/help for commands · Ctrl-C or Esc stops a reply · Ctrl-D quits")
 
 

@@ -31,6 +31,7 @@ from .steps import Go, Remove
 from .thinking import Voice
 from .tree import START, Node
 from .turn import ReplyMeta, Turn
+from .variables import read_args
 
 if TYPE_CHECKING:
     from ..runtime import Runtime, Stream
@@ -78,7 +79,7 @@ class ChatSession(Branching):
         self._voice: Voice | None = None
         system = checked(system, "the system prompt") if system is not None else None
         super().__init__(Record(Transcript(system=system, model=runtime.info.name), settings))
-        self.kv = KVBeside(lambda: (self.runtime, self.seen_messages, self._past_of(self.turns)))
+        self.kv = KVBeside(lambda: (self.runtime, self.seen_messages, self._past_of(self.turns), self.template_args))
         self._stream: Stream | None = None  # of the reply that is being made
         self._stop_asked = False
         self._past = Past()
@@ -92,7 +93,14 @@ class ChatSession(Branching):
 
     @settings.setter
     def settings(self, settings: ReplySettings) -> None:
+        if settings.template_args != self.settings.template_args:
+            self._voice = None
         self._record.settings = settings
+
+    @property
+    def template_args(self) -> dict[str, Any]:
+        """What of those in the settings the template of the present model reads."""
+        return read_args(self.runtime, self.settings)
 
     @property
     def system(self) -> str | None:
@@ -109,7 +117,7 @@ class ChatSession(Branching):
     def voice(self) -> Voice:
         """How the replies of the model are read: what of them are thoughts."""
         if self._voice is None:
-            self._voice = Voice.of(self.runtime)
+            self._voice = Voice.of(self.runtime, self.template_args)
         return self._voice
 
     @property
@@ -299,9 +307,11 @@ class ChatSession(Branching):
         try:
             seen = self._messages(turns[self._left :])
             past, whole = self._past.of(turns[: self._left], self._message), None
-            more: dict[str, Any] = {"left": Left(past=past)} if past else {}
+            args = self.template_args
+            more: dict[str, Any] = {"template_args": args} if args else {}
+            more |= {"left": Left(past=past)} if past else {}
             if plan.continued is not None:
-                whole = continuation(self.runtime, seen, known, self.settings, past)
+                whole = continuation(self.runtime, seen, known, self.settings, past, args)
                 more = {"left": whole.left, "keep": whole.keep}
             self._stream = self.runtime.stream(
                 seen if whole is None else list(whole.ids),
@@ -311,7 +321,7 @@ class ChatSession(Branching):
                 overflow=self.settings.overflow,
                 **more,
                 **self.settings.steering,
-                **led_away(self.runtime, seen, known, self.settings),
+                **led_away(self.runtime, seen, known, self.settings, args),
                 **voice.options,
             )
             with closing(self._stream):

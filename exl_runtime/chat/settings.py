@@ -15,9 +15,11 @@ from ..errors import UsageError
 from ..generation.grammar import Grammar
 from ..generation.request import OVERFLOWS, Request
 from ..sampling.params import SamplingParams
+from ..tokenizer.template_args import check_name, checked_args, value_of
 
 DEFAULT_MAX_TOKENS = 512
-NOT_TYPED = ("sampling", "grammar")  # one has its own names, the other its own command
+NOT_TYPED = ("sampling", "grammar", "template_args")  # two have names of their own, one has its own command
+TEMPLATE = "template."  # before the name of a variable of the chat template
 PLAIN = ("guidance", "negative", "thoughts")  # as JSON has them
 THOUGHTS = ("show", "fold", "hide")
 NOTHING = ("none", "off", "null")
@@ -32,6 +34,7 @@ class ReplySettings:
     often in a row.
     guidance: how far it is led away from what would be said with `negative` as the system prompt, or with none
     where that is empty; 1 not at all.
+    template_args: variables of the chat template, name -> value as JSON has it; the others are the template's choice.
     thoughts: what is shown of what the model thinks before it answers, "show" | "fold" | "hide".
     """
 
@@ -45,6 +48,7 @@ class ReplySettings:
     guidance: float = 1.0
     negative: str = ""
     thoughts: str = "fold"
+    template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,7 @@ class ReplySettings:
             raise UsageError(f"stop_ids is {self.stop_ids!r:.80}", hint="give token ids; /tokens TEXT shows them")
         if not isinstance(self.negative, str):
             raise UsageError(f"negative is {self.negative!r:.60}", hint="give a text")
+        object.__setattr__(self, "template_args", checked_args(self.template_args))
         other = (0,) if self.guidance != 1 else ()
         Request(prompt=(0,), stop_loop=self.stop_loop, guidance=self.guidance, negative_prompt=other)  # its checks
         if self.thoughts not in THOUGHTS:
@@ -88,6 +93,8 @@ class ReplySettings:
             plain["stop_loop"] = list(self.stop_loop)
         default = ReplySettings.__dataclass_fields__
         plain |= {name: getattr(self, name) for name in PLAIN if getattr(self, name) != default[name].default}
+        if self.template_args:
+            plain["template_args"] = dict(self.template_args)
         if self.grammar is not None:
             plain["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
         return plain
@@ -146,8 +153,11 @@ def setting_names() -> tuple[str, ...]:
 
 
 def get_setting(settings: ReplySettings, name: str) -> Any:
-    """The present value of a setting, by any spelling that `full_name` understands."""
+    """The present value of a setting, by any spelling that `full_name` understands; None for a template variable that
+    is not set."""
     name = full_name(name)
+    if name.startswith(TEMPLATE):
+        return settings.template_args.get(name.removeprefix(TEMPLATE))
     return getattr(settings if name in _own() else settings.sampling, name)
 
 
@@ -156,8 +166,13 @@ def change(settings: ReplySettings, name: str, text: str) -> ReplySettings:
 
     Numbers, true/false, and names as they are; lists separated by blanks, quoted where they hold blanks ("\\n" is a
     line break); biases as ID=NUMBER; "default" for the default, "none" for an empty list or no value.
+    `value_of` says what template.NAME takes.
     """
     name = full_name(name)
+    if name.startswith(TEMPLATE):
+        others = {key: value for key, value in settings.template_args.items() if key != name.removeprefix(TEMPLATE)}
+        new = {} if text.strip().lower() == "default" else {name.removeprefix(TEMPLATE): value_of(text)}
+        return replace(settings, template_args=others | new)
     default = get_setting(ReplySettings(), name)
     kind = get_type_hints(ReplySettings if name in _own() else SamplingParams)[name]
     word = text.strip().lower()
@@ -175,6 +190,9 @@ def change(settings: ReplySettings, name: str, text: str) -> ReplySettings:
 
 def full_name(name: str) -> str:
     """The setting meant by `name` (dashes and case do not matter). Raises UsageError offering the nearest."""
+    prefix, dot, variable = name.strip().partition(".")
+    if dot and prefix.lower() == TEMPLATE[:-1]:
+        return TEMPLATE + check_name(variable)  # where case matters
     wanted = name.strip().lower().replace("-", "_")
     names = setting_names()
     if wanted in names:

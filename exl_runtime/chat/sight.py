@@ -16,14 +16,15 @@ def newly_unseen(session: ChatSession, forgotten: int, gone: int) -> tuple[Turn,
 
 def _behind(session: ChatSession, gone: int) -> int:
     """The number of messages at the beginning of which no token is in sight, whole turns."""
-    runtime, messages = session.runtime, session.messages
+    runtime, messages, args = session.runtime, session.messages, session.template_args
     first = len(messages) - len(session.turns)
     ends = [place for place, message in enumerate(messages) if message["role"] == "user" and place > first]
 
     def tokens(count: int) -> int:
-        return len(runtime.render(messages[:count], add_generation_prompt=False).ids)
+        return len(runtime.render(messages[:count], add_generation_prompt=False, template_args=args).ids)
 
-    edge = runtime.head(messages, runtime.render(messages, add_generation_prompt=False).ids) + gone
+    whole = runtime.render(messages, add_generation_prompt=False, template_args=args).ids
+    edge = runtime.head(messages, whole, template_args=args) + gone
     low, high = 0, len(ends)  # so many turns are out of sight
     while low < high:
         middle = (low + high + 1) // 2

@@ -4,7 +4,7 @@ The conversation keeps the whole text with its marks, as it was written. The mod
 its template decides what of old thoughts it sees again; people see what `thoughts` of the settings says.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +34,9 @@ class Voice:
     hidden: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, runtime: "Runtime") -> "Voice":
-        """From the chat template, which spells the marks out, and from the special tokens, among which they may be."""
+    def of(cls, runtime: "Runtime", template_args: Mapping[str, Any] | None = None) -> "Voice":
+        """From the chat template, which spells the marks out, and from the special tokens, among which they may be.
+        template_args: variables of the template, which may turn thoughts on or off."""
         template = getattr(runtime, "template", None)
         if template is None:
             return cls()
@@ -45,7 +46,8 @@ class Voice:
         if not hidden and not any(mark in source for source in template.sources.values() for mark in pair):
             return cls()
         try:
-            prompt = runtime.render([{"role": "user", "content": "?"}]).text
+            more = {"template_args": template_args} if template_args else {}
+            prompt = runtime.render([{"role": "user", "content": "?"}], **more).text
         except ExlError:  # a template that wants more than that
             return cls()
         return cls(marks, begins_inside(prompt, marks), hidden)

@@ -24,6 +24,7 @@ from .options import (
     given_sampling,
     open_runtime,
     stop_texts,
+    template_args,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk. Raises ExlError."""
-    from ..chat import memory, repl
+    from ..chat import memory, repl, variables
     from ..chat.recall import recall_kept
     from ..chat.screen import make_screen
 
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         stop_loop=args.stop_loop,
         overflow=args.overflow,
         sampling=chosen_sampling(args),
+        template_args=template_args(args),
         **shaped(args),
     )
     kept = _kept(args)  # before a model is opened in vain
@@ -94,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         if args.system is not None:
             session.system = user_text(args.system)
         if not terminal.interactive:
+            if note := variables.warning(runtime, session.settings.template_args):
+                screen.warning(note)
             if not repl.run_piped(session, repl.stdin_lines(), screen, verbose=bool(args.verbose)):
                 screen.notice("exl: there was no message on standard input")
             return 0
@@ -169,6 +173,7 @@ def overlaid(saved: ReplySettings, args: argparse.Namespace) -> ReplySettings:
         stop=stop_texts(args) or saved.stop,
         stop_ids=tuple(args.stop_id or saved.stop_ids),
         stop_loop=args.stop_loop or saved.stop_loop,
+        template_args={**saved.template_args, **template_args(args)},
         overflow=saved.overflow if args.overflow == OVERFLOW else args.overflow,
         **shaped(args),
     )

@@ -11,6 +11,7 @@ from ..chat.settings import parse
 from ..console.terminal import clean_message, user_text
 from ..errors import UsageError
 from ..sampling.params import SamplingParams
+from ..tokenizer.template_args import name_and_value
 
 if TYPE_CHECKING:
     from ..runtime import Runtime
@@ -104,6 +105,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "(default: auto, whatever there is)",
     )
     group.add_argument("--template", metavar="FILE", help="chat template to use instead of the model's own")
+    group.add_argument(
+        "--template-arg",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a variable of the chat template, as in enable_thinking=false; VALUE is JSON, or else text; repeatable",
+    )
 
 
 def add_reply(parser: argparse.ArgumentParser, *, overflow: str, max_tokens: int | None, shown: str) -> None:
@@ -265,6 +272,11 @@ def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
 def stop_texts(args: argparse.Namespace) -> tuple[str, ...]:
     """The texts of --stop, with \\n and \\t understood."""
     return tuple(user_text(text).replace("\\n", "\n").replace("\\t", "\t") for text in args.stop or ())
+
+
+def template_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Name -> value of --template-arg; of one name the last. Raises UsageError."""
+    return dict(name_and_value(user_text(text)) for text in args.template_arg or ())
 
 
 def open_runtime(args: argparse.Namespace) -> "Runtime":

@@ -22,6 +22,7 @@ from .options import (
     chosen_sampling,
     open_runtime,
     stop_texts,
+    template_args,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     constraints = chosen_constraints(args)
     if args.system is not None and (args.raw or args.ids):
         raise UsageError("--system needs a chat template", hint="leave out --raw and --ids, or put it into the prompt")
+    values = template_args(args)
+    if values and (args.raw or args.ids):
+        raise UsageError("--template-arg needs a chat template", hint="leave out --raw and --ids")
     prompt = read_prompt(args)
     constraints |= negative_prompt(args)
     constraints |= {"prompt_logprobs": args.prompt_logprobs} if args.prompt_logprobs else {}
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             from ..chat.thinking import Voice
 
             answers = not (args.raw or args.ids) and constraints["grammar"] is None
-            voice = Voice.of(runtime) if answers else Voice()
+            voice = Voice.of(runtime, values) if answers else Voice()
             stream = runtime.stream(
                 prompt,
                 max_tokens=args.max_tokens,
@@ -82,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 overflow=args.overflow,
                 deadline=args.deadline,
                 logprobs=args.logprobs,
+                template_args=values,
                 **constraints,
                 **voice.options,
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..console.terminal import clean_line
 from ..errors import UsageError
+from ..tokenizer.template_args import unmentioned_line
 from .options import (
     OVERFLOWS,
     add_loading,
@@ -16,6 +17,7 @@ from .options import (
     chosen_sampling,
     open_runtime,
     positive,
+    template_args,
 )
 
 HELP = "serve one model to other programs over HTTP, through the OpenAI API"
@@ -81,17 +83,21 @@ def run(args: argparse.Namespace) -> int:
 
     require_extra()
     sampling = chosen_sampling(args)
+    values = template_args(args)
     key = api_key(args)
     local = args.host in LOOPBACK or args.host.startswith("127.")
     with open_socket(args.host, args.port) as opened:  # before the model is read: a port in use is known at once
         if not local and key is None:
             say(f"anybody who can reach {args.host} can use this model: --api-key or ${KEY} asks for a key")
         with open_runtime(args) as runtime:
+            if silent := () if runtime.template is None else runtime.template.unmentioned(values):
+                say(unmentioned_line(silent))
             settings = Settings(
                 name=args.name or runtime.info.name,
                 aliases=frozenset(args.alias or ()),
                 sampling=sampling,
                 max_tokens=args.max_tokens,
+                template_args=values,
                 overflow=args.overflow,
                 api_key=key,
                 origins=tuple(args.allow_origin or ()),

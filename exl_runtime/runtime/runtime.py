@@ -31,7 +31,7 @@ from .lora import Given, LoraInfo, Loras
 from .prepare import Message, Preparer, Prompt, Rendered, is_batch
 from .samples import expanded
 from .steer import Steer, checked
-from .stream import Stream
+from .stream import CountingStream, Stream
 
 if TYPE_CHECKING:
     from ..chat.session import ChatSession
@@ -117,7 +117,8 @@ class Runtime:
         Further, as described at `Request`: speculate ("auto" | "ngram" | "draft" | "off"), grammar (a Grammar),
         banned_strings, prefix, heal, stop_ids, stop_loop, processors (functions of ids and logits), prompt_logprobs,
         negative_prompt (as `prompt`) with guidance (a number above 1), lora (names and weights, see `load_lora`),
-        priority (higher goes first), keep and left (for token ids; what they say of messages is found out).
+        priority (higher goes first), keep and left (for token ids; what they say of messages is found out),
+        template_args (variables of the chat template, for messages: {"enable_thinking": False}).
         An empty list is an empty prompt, which is an error, not an empty batch.
         Raises ExlError subclasses for what the caller can fix; nothing of the batch is kept then.
         """
@@ -161,7 +162,7 @@ class Runtime:
             raise UsageError("stream takes one prompt", hint="use generate for a batch, or one stream per thread")
         request = self._request(prompt, max_tokens, sampling, stop, overflow, deadline, logprobs, steer)
         request = replace(request, skip_special=skip_special)
-        return _CountingStream(self, self._engine(), request)
+        return CountingStream(self._engine(), request, self._count)
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Event]:
         """`stream` for asyncio: the steps run in a worker thread. Leaving the loop early cancels the request."""
@@ -223,11 +224,13 @@ class Runtime:
     # --- keys and values as files -----------------------------------------------------------------------------
 
     @contextmanager
-    def held_kv(self, messages: Sequence[Message], *, past: bytes = b"") -> Iterator[HeldKV]:
+    def held_kv(
+        self, messages: Sequence[Message], *, past: bytes = b"", template_args: Mapping[str, Any] | None = None
+    ) -> Iterator[HeldKV]:
         """What the cache holds of a conversation, for a snapshot: its size, and the bytes to write within the block.
         past: of turns that left before these messages, see `Left`."""
-        ids = self._preparer.render(messages, add_generation_prompt=False).ids
-        keep = max(SINKS, self._preparer.head(messages, ids))
+        ids = self._preparer.render(messages, add_generation_prompt=False, template_args=template_args).ids
+        keep = max(SINKS, self._preparer.head(messages, ids, template_args=template_args))
         with self._kv.holding(self._engine(), ids, past=past, keep=keep) as held:
             yield held
 
@@ -256,13 +259,15 @@ class Runtime:
         add_generation_prompt: bool = True,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        extra: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> Rendered:
         """The exact text and ids the model would see. Raises TemplateError.
 
-        tools  JSON schemas of functions; extra  further template variables, such as enable_thinking
+        tools  JSON schemas of functions; template_args  further variables of the template, such as enable_thinking
         """
-        return self._preparer.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, extra=extra)
+        return self._preparer.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_args=template_args
+        )
 
     def head(
         self,
@@ -270,10 +275,10 @@ class Runtime:
         ids: Sequence[int],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        extra: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> int:
         """How many of these tokens of a rendered conversation stand before its first turn: the `keep` of a window."""
-        return self._preparer.head(messages, ids, tools=tools, extra=extra)
+        return self._preparer.head(messages, ids, tools=tools, template_args=template_args)
 
     # --- the rest ---------------------------------------------------------------------------------------------
 
@@ -347,9 +352,11 @@ class Runtime:
         if logprobs and isinstance(params, SamplingParams):
             params = replace(params, logprobs=logprobs)
         fields = self._steered(steer)
-        keep, left = fields.pop("keep", 0), fields.pop("left", None)
+        keep, left, args = fields.pop("keep", 0), fields.pop("left", None), fields.pop("template_args", None)
         past = b"" if left is None else left.past
-        prepared = self._preparer.prepare(prompt, max_tokens=max_tokens, overflow=overflow, past=past)
+        prepared = self._preparer.prepare(
+            prompt, max_tokens=max_tokens, overflow=overflow, past=past, template_args=args
+        )
         return Request(
             id=f"request-{next(self._ids)}",
             prompt=prepared.ids,
@@ -371,8 +378,7 @@ class Runtime:
         fields["lora"] = self._loras.mix(fields.get("lora"))
         if "negative_prompt" in fields:
             negative = fields["negative_prompt"]
-            prepare = self._preparer.prepare
-            fields["negative_prompt"] = prepare(negative, max_tokens=None, overflow="error").ids if negative else ()
+            fields["negative_prompt"] = self._preparer.beside(negative, fields.get("template_args")) if negative else ()
         return fields
 
     def _count(self, result: Result) -> None:
@@ -380,17 +386,3 @@ class Runtime:
         self._tokens[1] += max(0, result.generated_tokens - 1)  # the first token comes with the prompt
         self._seconds[0] += result.seconds_prefill
         self._seconds[1] += result.seconds_decode
-
-
-class _CountingStream(Stream):
-    """A stream whose result enters the statistics of its runtime."""
-
-    def __init__(self, runtime: Runtime, generator: Generator, request: Request) -> None:
-        super().__init__(generator, request)
-        self._runtime = runtime
-
-    def __next__(self) -> Event:
-        event = super().__next__()
-        if self.result is not None:
-            self._runtime._count(self.result)
-        return event

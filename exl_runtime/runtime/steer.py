@@ -11,7 +11,8 @@ from .prepare import Prompt
 
 
 class Steer(TypedDict, total=False):
-    """Keyword arguments of `Runtime.generate` and `stream`; what they mean is said at `generation.request.Request`."""
+    """Keyword arguments of `Runtime.generate` and `stream`; what they mean is said at `generation.request.Request`,
+    but for template_args, which are variables of the chat template and for messages only."""
 
     stop_ids: Sequence[int] | None
     speculate: Speculate
@@ -28,6 +29,7 @@ class Steer(TypedDict, total=False):
     priority: int
     keep: int
     left: Left | None
+    template_args: Mapping[str, Any] | None
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

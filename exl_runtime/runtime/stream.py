@@ -1,7 +1,7 @@
 """The events of one running request, as an iterator that can be stopped from any thread."""
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from typing_extensions import Self
 
@@ -65,3 +65,17 @@ class Stream(Iterator[Event]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class CountingStream(Stream):
+    """A stream whose result enters the statistics of a runtime: `count(result)`."""
+
+    def __init__(self, engine: generator.Generator, request: Request, count: Callable[[Result], None]) -> None:
+        super().__init__(engine, request)
+        self._count = count
+
+    def __next__(self) -> Event:
+        event = super().__next__()
+        if self.result is not None:
+            self._count(self.result)
+        return event

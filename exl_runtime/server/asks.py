@@ -79,7 +79,7 @@ class ChatAsk(Ask):
     """A conversation to go on with.
 
     tools              what the model may call; `forced`: the reply has to be a call
-    template_values    further variables of the chat template
+    template_args      further variables of the chat template
     split_reasoning    thoughts go into reasoning_content
     continues          the last message is the beginning of the reply
     generates          the prompt ends where a reply begins
@@ -89,7 +89,7 @@ class ChatAsk(Ask):
     tools: tuple[Tool, ...]
     forced: bool
     parallel_calls: bool
-    template_values: Mapping[str, Any]
+    template_args: Mapping[str, Any]
     split_reasoning: bool
     continues: bool
     generates: bool
@@ -107,9 +107,12 @@ def read_chat(body: dict[str, Any], settings: Settings, adapters: Collection[str
     if top is not None and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     longer = given.whole("max_completion_tokens", 1, MOST_TOKENS)
-    template_values = given.mapping("chat_template_kwargs")
-    if (effort := given.text("reasoning_effort")) is not None:
-        template_values = {"reasoning_effort": effort, **template_values}
+    effort = given.text("reasoning_effort")
+    template_args = {
+        **settings.template_args,
+        **({} if effort is None else {"reasoning_effort": effort}),
+        **given.mapping("chat_template_kwargs"),
+    }
     split = given.flag("separate_reasoning", True)
     parallel_calls = given.flag("parallel_tool_calls", True)
     shape = read_format(given)
@@ -125,7 +128,7 @@ def read_chat(body: dict[str, Any], settings: Settings, adapters: Collection[str
     given.refuse("audio", "this server writes text only")
     given.refuse("prediction", "predicted outputs are not supported")
     given.refuse("web_search_options", "this server has no access to the web")
-    whole = not (tools or template_values or continues or not generates)
+    whole = not (tools or continues or not generates)
     common = _common(given, settings, named, settings.max_tokens, turns=whole)
     if longer is not None:
         common["max_tokens"] = longer
@@ -146,7 +149,7 @@ def read_chat(body: dict[str, Any], settings: Settings, adapters: Collection[str
         tools=tools if choice != "none" else (),
         forced=forced,
         parallel_calls=parallel_calls,
-        template_values=template_values,
+        template_args=template_args,
         split_reasoning=split,
         continues=continues,
         generates=generates,

@@ -89,12 +89,15 @@ def make_plan(runtime: Any, ask: ChatAsk) -> Plan:
         if negative != ids:
             options |= led_away(ask, negative, len(ids), runtime.info.context)
     if ask.overflow == "window":  # what stands before the first turn stays
-        options["keep"] = runtime.head(messages, ids, tools=tools, extra=ask.template_values or None)
+        options["keep"] = runtime.head(messages, ids, tools=tools, template_args=ask.template_args)
     if ask.overflow != "drop":
         return Plan(ids, options, form)
-    if tools or ask.template_values or ask.continues or not ask.generates:
-        problem = 'overflow "drop" cannot be combined with tools, template variables or an open reply; use "window"'
+    if tools or ask.continues or not ask.generates:
+        problem = 'overflow "drop" cannot be combined with tools or an open reply; use "window"'
         raise ApiError(400, problem, param="overflow")
+    silent = runtime.template.unmentioned(ask.template_args)  # clients set for every model what few of them know
+    if read := {name: value for name, value in ask.template_args.items() if name not in silent}:
+        options["template_args"] = read
     return Plan(messages, options, form)
 
 
@@ -116,7 +119,7 @@ def _rendered(
         messages[:-1] if ask.continues else messages,
         ask.generates or ask.continues,
         tools=tools,
-        extra=ask.template_values or None,
+        template_args=ask.template_args,
     )
     more = runtime.tokenizer.encode(begun, parse_special=False) if begun else []
     return rendered.text + begun, [*rendered.ids, *more]

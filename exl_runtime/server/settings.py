@@ -1,6 +1,8 @@
 """What the server is told at its start. Plain data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..sampling.params import SamplingParams
 
@@ -14,6 +16,7 @@ class Settings:
     name      what the model is called; `aliases`: other names that mean it, "*" is any name
     sampling  what a request leaves out
     max_tokens  of chat replies that name no limit; None: until the context is full
+    template_args  variables of the chat template; those of a request win
     overflow  what a full context does unless the request says: "error", "drop" or "window"
     api_key   what clients have to know; None: nothing
     origins   web pages that may use the server ("*": all); without, no page may
@@ -25,6 +28,7 @@ class Settings:
     aliases: frozenset[str] = frozenset()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
     overflow: str = "error"
     api_key: str | None = None
     origins: tuple[str, ...] = ()

@@ -50,6 +50,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     if bos is not None and not isinstance(bos, bool):
         raise given.wrong("add_special_tokens", "must be true or false", bos)
     generate = given.flag("add_generation_prompt", True)
+    template_args = {**place.settings.template_args, **given.mapping("chat_template_kwargs")}
     pieces = given.flag("return_token_strs", False)
     given.done()
     if sum((prompt is not None, content is not None, bool(messages))) != 1:
@@ -57,7 +58,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     tokenizer = place.runtime.tokenizer
     if messages:
         conversation = read_messages(messages)
-        rendered = await asyncio.to_thread(place.runtime.render, conversation, generate)
+        rendered = await asyncio.to_thread(place.runtime.render, conversation, generate, template_args=template_args)
         ids = list(rendered.ids)
     else:
         ids = await asyncio.to_thread(tokenizer.encode, prompt if content is None else content, add_bos=bos)

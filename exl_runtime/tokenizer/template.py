@@ -5,12 +5,13 @@ texts; knows no token ids except to hand the result to the tokenizer it was open
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any
 
+from jinja2 import meta, nodes
 from jinja2.environment import Template
 from jinja2.exceptions import TemplateSyntaxError
 
@@ -20,6 +21,7 @@ from .budget import Budget, LimitExceeded
 from .files import exists, read_json, read_text
 from .messages import fold_system, plain_messages, plain_value
 from .sandbox import GuardedEnvironment, Refusal
+from .template_args import RESERVED
 from .tokenizer import Tokenizer
 
 MAX_SOURCE = 2**16  # characters; the longest public templates have under 20 000
@@ -78,14 +80,15 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        extra: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of `messages` ({"role": ..., "content": ...} each), which are not changed.
 
-        tools  JSON schemas of functions; extra  further template variables, such as documents or enable_thinking.
+        tools  JSON schemas of functions; template_args  further variables, such as documents or
+        enable_thinking.
         Raises TemplateError with the file, the line and the template's own words, also when it runs away.
         """
-        return protect.unmark(self._checked(messages, add_generation_prompt, tools, extra, None))
+        return protect.unmark(self._checked(messages, add_generation_prompt, tools, template_args, None))
 
     def encode(
         self,
@@ -93,20 +96,42 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        extra: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[int]]:
         """Like `render`, with the token ids. Only what the template itself writes becomes a control token: a message
         that spells one out ("<|end|>") is encoded as ordinary text and cannot end its turn or forge another."""
         if self._tokenizer is None:
             raise UsageError("this template was opened without a tokenizer, so it cannot encode")
         texts = self._tokenizer.control_texts("\0".join(self._sources.values()))
-        marked = self._checked(messages, add_generation_prompt, tools, extra, texts)
+        marked = self._checked(messages, add_generation_prompt, tools, template_args, texts)
         return protect.unmark(marked), self._tokenizer.encode_rendered(marked)
 
     @property
     def sources(self) -> dict[str, str]:
         """Name -> Jinja text of every template the model brings; "default" is among them."""
         return dict(self._sources)
+
+    @cached_property
+    def variables(self) -> tuple[str, ...]:
+        """Names of variables that a user may set: those the template reads and does not only make for itself."""
+        return tuple(sorted(set().union(*(_settable(tree) for tree in self._trees)) - self._given))
+
+    def unmentioned(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of `names` that no template of this model ever reads: to set them has no effect."""
+        return tuple(name for name in names if name not in self._read)
+
+    @cached_property
+    def _read(self) -> frozenset[str]:
+        return frozenset().union(*(meta.find_undeclared_variables(tree) for tree in self._trees))
+
+    @cached_property
+    def _trees(self) -> tuple[nodes.Template, ...]:
+        env = GuardedEnvironment(Budget.for_input(0))
+        return tuple(env.parse(source) for source in self._sources.values())
+
+    @property
+    def _given(self) -> frozenset[str]:
+        return RESERVED | frozenset(self._special)
 
     @cached_property
     def supports_tools(self) -> bool:
@@ -154,6 +179,15 @@ class ChatTemplate:
                 variables[name] = protect.mark(variables[name], pattern)
         name = "tool_use" if tools is not None and "tool_use" in self._codes else "default"
         return _run(self._codes[name], variables, self._where)
+
+
+def _settable(tree: nodes.Template) -> set[str]:
+    """What is read from outside. A name that some branch also assigns is the template's own, unless it asks whether
+    it is defined: that is how defaults are written."""
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    tests = (test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined"))
+    asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
+    return {name for name in meta.find_undeclared_variables(tree) if name not in assigned or name in asked}
 
 
 def _named(value: Any, path: Path) -> dict[str, str]:

@@ -45,6 +45,7 @@ NAMED = {
     "template_refuses_at_length": "line 1",
 }
 assert breaking_hostile.BREAKERS is BREAKERS
+AGES = 300.0  # seconds: no busy machine gets there, and what reads without end does
 
 
 def expect_refusal(folder: Path, capsys: pytest.CaptureFixture[str], named: str = "") -> str:
@@ -56,7 +57,7 @@ def expect_refusal(folder: Path, capsys: pytest.CaptureFixture[str], named: str 
     assert "Traceback" not in err and err.startswith("exl: "), err
     assert len(err) < 1200 and err.count("\n") <= 8, err
     assert named in err, err
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < AGES, "it does not hang"
     return err
 
 
@@ -196,7 +197,8 @@ def run_with(redirection: str, *arguments: str) -> "subprocess.CompletedProcess[
     command = f'exec "$@" {redirection}'
     program = [sys.executable, "-m", "exl_runtime", *arguments]
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run(["sh", "-c", command, "sh", *program], capture_output=True, timeout=60, cwd=root, check=False)
+    whole = ["sh", "-c", command, "sh", *program]
+    return subprocess.run(whole, capture_output=True, timeout=AGES, cwd=root, check=False)
 
 
 @pytest.mark.parametrize(

@@ -141,12 +141,12 @@ def test_templates(shared: Path) -> None:
                     expected = err
                 if isinstance(expected, str):
                     assert template is not None, file.name
-                    got = template.render(messages, add_generation_prompt=prompt, tools=tools, extra=SPECIAL)
+                    got = template.render(messages, add_generation_prompt=prompt, tools=tools, template_args=SPECIAL)
                     assert got == expected, file.name
                     rendered += 1
                 elif template is not None:
                     with pytest.raises(TemplateError) as caught:
-                        template.render(messages, add_generation_prompt=prompt, tools=tools, extra=SPECIAL)
+                        template.render(messages, add_generation_prompt=prompt, tools=tools, template_args=SPECIAL)
                     if not isinstance(expected, RecursionError):
                         assert str(expected) in caught.value.problem
                     refused += 1
@@ -159,10 +159,10 @@ def test_system_prompts_can_always_be_given(shared: Path) -> None:
     for file in sorted((shared / "templates").glob("*.jinja")):
         try:
             template = ChatTemplate.from_text(file.read_text("utf-8"), where=file.name)
-            template.render([user("Hi")], extra=SPECIAL)
+            template.render([user("Hi")], template_args=SPECIAL)
         except TemplateError:
             continue  # uses what transformers does not have either, or cannot do without tools
         if not template.supports_system:
             without.append(file.stem)
-            assert "Be brief." in template.render(template.fold_system([SYSTEM, user("Hi")]), extra=SPECIAL)
+            assert "Be brief." in template.render(template.fold_system([SYSTEM, user("Hi")]), template_args=SPECIAL)
     assert "google-gemma-2-2b-it" in without and len(without) < 10

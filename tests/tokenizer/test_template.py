@@ -39,7 +39,9 @@ def test_equals_transformers(name: str) -> None:
             oracle = utils.render_jinja_template(
                 [messages], tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=prompt, **VARIABLES
             )[0][0]
-            assert template.render(MESSAGES, add_generation_prompt=prompt, tools=tools, extra=VARIABLES) == oracle
+            assert (
+                template.render(MESSAGES, add_generation_prompt=prompt, tools=tools, template_args=VARIABLES) == oracle
+            )
 
 
 def test_messages_are_not_changed() -> None:
@@ -140,7 +142,7 @@ def test_cyclic_messages() -> None:
 
 def test_reserved_names() -> None:
     with pytest.raises(UsageError, match="messages"):
-        ChatTemplate.from_text("x").render(MESSAGES, extra={"messages": []})
+        ChatTemplate.from_text("x").render(MESSAGES, template_args={"messages": []})
     with pytest.raises(UsageError, match="without a tokenizer"):
         ChatTemplate.from_text("x").encode(MESSAGES)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...errors import UsageError
-from .. import presets, probabilities, status
+from .. import presets, probabilities, status, variables
 from ..continuing import reply_ids
-from ..settings import ReplySettings, change, full_name, get_setting, setting_names, shown
+from ..settings import TEMPLATE, ReplySettings, change, full_name, get_setting, setting_names, shown
 from .base import Command, Conversation
 
 GROUP = "model"
@@ -25,9 +25,12 @@ def _set(chat: Conversation, rest: str) -> None:
         for name in setting_names():
             value, usual = shown(get_setting(settings, name)), shown(get_setting(default, name))
             rows.append((name, value, "" if value == usual else f"default {usual}"))
-        chat.screen.table(rows)
+        chat.screen.table(rows + [(*row, "") for row in variables.rows(chat.session.runtime, settings)])
         return
     name, value = _name_and_value(rest)
+    if full_name(name).startswith(TEMPLATE):
+        _set_variable(chat, full_name(name), value)
+        return
     if not value:
         name = full_name(name)
         chat.screen.show(f"{name} = {shown(get_setting(settings, name))}")
@@ -40,6 +43,18 @@ def _set(chat: Conversation, rest: str) -> None:
     chat.screen.notice(f"{name} = {shown(get_setting(chat.session.settings, name))}")
     if name in ("guidance", "negative") and (note := _leading(changed)):
         chat.screen.notice(note)
+
+
+def _set_variable(chat: Conversation, name: str, value: str) -> None:
+    session, variable = chat.session, name.removeprefix(TEMPLATE)
+    if value:
+        session.settings = change(session.settings, name, value)
+    now = variables.shown_arg(session.settings, variable)
+    said = f"{name} is not set: the template decides" if now == variables.NOT_SET else f"{name} = {now}"
+    (chat.screen.notice if value else chat.screen.show)(said)
+    is_set = bool(value) and variable in session.settings.template_args
+    if is_set and (note := variables.warning(session.runtime, [variable])):
+        chat.screen.warning(note)
 
 
 def _leading(settings: ReplySettings) -> str:
@@ -193,7 +208,7 @@ def _measured(chat: Conversation, top: int) -> list:
     messages = session.seen_messages
     if not session.turns or session.turns[-1].role != "assistant":
         raise UsageError("there is no reply to look at", hint="say something first")
-    prompt = session.runtime.render(messages[:-1]).ids
+    prompt = session.runtime.render(messages[:-1], template_args=session.template_args).ids
     reply = reply_ids(session.tree.path()[-1], session.voice, session.runtime.tokenizer)
     tokens = probabilities.reply_logprobs(session.runtime, prompt, reply, top + 1)
     if not tokens:
@@ -206,7 +221,13 @@ def _say_perplexity(chat: Conversation, tokens: list) -> None:
 
 
 COMMANDS = (
-    Command("set", "/set [NAME [VALUE]]", "show or change how replies are made", GROUP, _set),
+    Command(
+        "set",
+        "/set [NAME [VALUE]]",
+        "show or change how replies are made; template.NAME: a variable of the chat template",
+        GROUP,
+        _set,
+    ),
     Command("seed", "/seed [N | none]", "make replies repeatable, or not", GROUP, _seed),
     Command(
         "preset",

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from ...console.terminal import clean_line
 from ...errors import ExlError, UsageError
-from .. import memory, status
+from .. import memory, status, variables
 from .base import Command, Conversation
 
 GROUP = "machine"
@@ -37,6 +37,8 @@ def _model(chat: Conversation, rest: str) -> None:
     session.use(runtime)
     chat.last = None
     chat.screen.show(status.start_line(runtime.info, memory.free(runtime.info.device)))
+    if note := variables.warning(runtime, session.settings.template_args):
+        chat.screen.warning(note)
 
 
 def _stats(chat: Conversation, rest: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...console.terminal import clean_line
 from ...errors import UsageError
-from .. import status
+from .. import status, variables
 from .base import Command, Conversation
 
 GROUP = "prompt"
@@ -26,10 +26,13 @@ def _template(chat: Conversation, rest: str) -> None:
     if not messages:
         raise UsageError("nothing was said yet, so there is nothing to render")
     asks = messages[-1]["role"] == "user"
-    rendered = chat.session.runtime.render(messages, add_generation_prompt=asks)
+    args = chat.session.template_args
+    rendered = chat.session.runtime.render(messages, add_generation_prompt=asks, template_args=args)
     chat.screen.verbatim(rendered.text)
     chat.screen.notice(f"{len(rendered.ids)} tokens:")
     chat.screen.verbatim(" ".join(map(str, rendered.ids)))
+    if rows := variables.rows(chat.session.runtime, chat.session.settings):
+        chat.screen.table(rows, title="variables of the template (/set changes them)")
 
 
 def _tokens(chat: Conversation, rest: str) -> None:
