@@ -27,6 +27,9 @@ namespace {
 constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
 constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
 constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
+// Few rows: how many pieces a thread's share has, whose last ones others may take. More would even out more, but every
+// panel of a piece is a stream that memory takes some 0.6 us to start (LOG.md).
+constexpr int64_t kPieces = 2;
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -110,7 +113,9 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
     if (here > 16) {
       parallel_chunks(tiles, chunk, multiply);
     } else {
-      const int64_t fair = tiles / (8 * int64_t(threads())) + 1, least = kGrainBytes / tile_bytes + 1;
+      // Rounded up no further than needed, so that matrices of one size are cut where they meet.
+      const int64_t pieces = kPieces * int64_t(threads()), fair = (tiles + pieces - 1) / pieces;
+      const int64_t least = kGrainBytes / tile_bytes + 1;
       parallel_steal(tiles, fair > least ? fair : least, multiply);
     }
   }
