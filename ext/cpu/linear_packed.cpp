@@ -29,7 +29,7 @@ constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a regio
 constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
 // Few rows: how many pieces a thread's share has, whose last ones others may take. More would even out more, but every
 // panel of a piece is a stream that memory takes some 0.6 us to start (LOG.md).
-constexpr int64_t kPieces = 2;
+constexpr int64_t kPieces = 4;
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
