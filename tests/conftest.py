@@ -1,6 +1,7 @@
 """Fixtures that know what this machine has: the only place where a test learns that something is missing."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import ahead
@@ -98,3 +99,19 @@ def backend(request: pytest.FixtureRequest) -> str:
     if why := unavailable(request.param):
         pytest.skip(why)
     return request.param
+
+
+@pytest.fixture
+def room_ahead() -> Iterator[None]:
+    """One thread for the CPU kernels, so that a CPU is left for whoever reads what they compute."""
+    if why := unavailable("cpu"):
+        pytest.skip(why)
+    from exl_runtime.checkpoint.threads import usable_processors
+    from exl_runtime.ops import native
+
+    if usable_processors() < 2:
+        pytest.skip("nothing runs beside Python on one CPU")
+    before = native.ops().set_threads(0)
+    native.ops().set_threads(1)
+    yield
+    native.ops().set_threads(before)

@@ -1,7 +1,6 @@
 """Where a step spends its time: what is counted, what is not, and the command from end to end. No time is judged."""
 
 import argparse
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,11 +24,10 @@ from eval.speed.breakdown import (
     watching,
 )
 from eval.speed.traffic import traffic_of
+from exl_runtime.checkpoint.threads import usable_processors
 from exl_runtime.console.progress import QuietReporter
 from exl_runtime.errors import UsageError
 from exl_runtime.generation.runner import Runner
-
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture
@@ -103,7 +101,7 @@ def test_the_parts_make_up_the_step(ahead: bool) -> None:
     with exl.load("demo", context=512, threads=1) as runtime:
         found = break_down(runtime, [5, 6, 7] * 10, 12, traffic=traffic_of(runtime, 1), bandwidth=1e10, ahead=ahead)
     assert found.steps == 12 and found.threads == 1
-    beside = ahead and CPUS > 1
+    beside = ahead and usable_processors() > 1
     assert found.ahead == beside
     assert set(PRODUCTS) < set(found.phases)
     labels = {label for _, _, label in PARTS} - {NATIVE}

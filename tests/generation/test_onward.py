@@ -1,45 +1,31 @@
 """Passes that run one ahead on the CPU: nobody can tell, but by the clock."""
 
 import gc
-import os
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import unavailable
 
 import exl_runtime as exl
 from exl_runtime.cache.geometry import PAGE_SIZE
 from exl_runtime.cache.storage import KVStorage
+from exl_runtime.checkpoint.threads import usable_processors
 from exl_runtime.generation.generator import Generator
 from exl_runtime.generation.request import Request
 from exl_runtime.generation.stream import Failed, Finished
 from exl_runtime.ops import native
 from exl_runtime.runtime import Runtime
 
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+pytestmark = pytest.mark.usefixtures("room_ahead")
 STORY = "Once upon a time"
 FOX = "The little fox and the little fox and the"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]  # answered within 40 tokens
 ENDLESS = {"temperature": 1.0, "min_p": 0.05, "seed": 4, "ignore_eos": True}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So that a CPU is left for the caller on any machine with two."""
-    if why := unavailable("cpu"):
-        pytest.skip(why)
-    if CPUS < 2:
-        pytest.skip("nothing runs beside Python on one CPU")
-    before = native.ops().set_threads(0)
-    native.ops().set_threads(1)
-    yield
-    native.ops().set_threads(before)
 
 
 def counts(rt: Runtime) -> tuple[int, int]:
@@ -241,7 +227,7 @@ def test_a_request_that_is_given_up_keeps_nothing_running() -> None:
 
 def test_where_all_cpus_compute_only_a_slow_reader_is_run_ahead_of() -> None:
     params = exl.SamplingParams(**ENDLESS)
-    native.ops().set_threads(CPUS)
+    native.ops().set_threads(usable_processors())
     with exl.load("demo", context=512, speculate="off") as rt:
         wanted = told(rt.generate(STORY, max_tokens=60, sampling=params))
         before = counts(rt)[0]

@@ -1,16 +1,15 @@
 """Turns that leave a real Transformer's conversation, against a float64 model that lists what every token sees."""
 
 from collections.abc import Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from driving import open_model
-from fakes import FakeDraw, FakeTokenizer
+from fakes import FakeTokenizer, Recorder
 from oracles import assert_as_good_as
 from seeing import exact
 from tiny import by_name, model_of, write
-from torch import Tensor
 
 from exl_runtime.cache.geometry import CacheGeometry
 from exl_runtime.cache.pages import Match
@@ -21,19 +20,6 @@ from exl_runtime.generation.request import Left, Request
 
 SIZE, CONTEXT, COUNT = 16, 128, 7
 HEAD = [90, 17, 44, 61, 23, 23, 8, 77, 50, 31, 12, 99, 64, 29, 81, 35, 70, 11, 42]  # a page and a little
-
-
-@dataclass
-class Recorder:
-    """Draws the likeliest token and keeps the logits."""
-
-    rows: list[Tensor] = field(default_factory=list)
-
-    def sample(self, logits: Tensor, prompt: object, generated: object) -> FakeDraw:
-        self.rows.append(logits.clone())
-        return FakeDraw(int(logits[5:].argmax()) + 5)
-
-    guess = sample
 
 
 @pytest.fixture(scope="session")

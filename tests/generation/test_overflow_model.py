@@ -1,11 +1,9 @@
 """A rolled window of a real Transformer against a float64 model that lists what every token sees, and from where."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from driving import open_model
-from fakes import FakeDraw, FakeTokenizer
+from fakes import FakeTokenizer, Recorder
 from oracles import assert_as_good_as
 from seeing import exact
 from tiny import by_name, model_of, write
@@ -20,19 +18,6 @@ from exl_runtime.generation.request import Request
 SIZE, CONTEXT = 16, 64
 PAGES, SINKS = CONTEXT // SIZE, 1
 PROMPT = [(7 * i * i + 3 * i + 11) % 120 + 5 for i in range(40)]
-
-
-@dataclass
-class Recorder:
-    """Draws the likeliest token and keeps the logits."""
-
-    rows: list[Tensor] = field(default_factory=list)
-
-    def sample(self, logits: Tensor, prompt: object, generated: object) -> FakeDraw:
-        self.rows.append(logits.clone())
-        return FakeDraw(int(logits[5:].argmax()) + 5)
-
-    guess = sample
 
 
 @pytest.fixture(scope="session")

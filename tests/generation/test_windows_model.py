@@ -1,14 +1,13 @@
 """Real Transformers whose window layers keep what they see: to the bit the logits of full pages, and transformers's."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from driving import open_model
-from fakes import FakeDraw, FakeTokenizer
+from fakes import FakeTokenizer, Recorder
 from oracles import assert_as_good_as
 from tiny import by_name, model_of, write
-from torch import Tensor
 
 from exl_runtime.cache.geometry import CacheGeometry, pages_seen
 from exl_runtime.cache.pools import capacity
@@ -20,19 +19,6 @@ from exl_runtime.generation.request import Request
 SIZE, NEW, CONTEXT = 16, 32, 256
 PROMPT = [(7 * i * i + 3 * i + 11) % 120 + 5 for i in range(150)]
 NAMES = ["mistral", "phi3", "gemma2", "gemma3", "qwen2_window"]
-
-
-@dataclass
-class Recorder:
-    """Draws the likeliest token and keeps the logits."""
-
-    rows: list[Tensor] = field(default_factory=list)
-
-    def sample(self, logits: Tensor, prompt: object, generated: object) -> FakeDraw:
-        self.rows.append(logits.clone())
-        return FakeDraw(int(logits[5:].argmax()) + 5)
-
-    guess = sample
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,14 @@
 """The pass behind one, begun by the native side: taken when it is asked for, else as if it had not been."""
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
-from conftest import unavailable
 from driving import batch_of, new_cache, open_model
 from tiny import by_name, write
 
 from exl_runtime.model.batch import Plan
 from exl_runtime.model.step import Onward
-from exl_runtime.ops import native
 
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So that a CPU is left for the caller on any machine with two."""
-    if why := unavailable("cpu"):
-        pytest.skip(why)
-    if CPUS < 2:
-        pytest.skip("nothing runs beside Python on one CPU")
-    before = native.ops().set_threads(0)
-    native.ops().set_threads(1)
-    yield
-    native.ops().set_threads(before)
+pytestmark = pytest.mark.usefixtures("room_ahead")
 
 
 def test_only_the_same_pass_is_taken(tmp_path) -> None:
