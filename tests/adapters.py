@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from driving import batch_of, new_cache, run
 from safetensors.torch import load_file, save_file
 
 from exl_runtime.model.adapted import Adapted
 from exl_runtime.model.batch import Plan
-from exl_runtime.model.lora import Mix
+from exl_runtime.model.lora import Mix, mix_of
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 
@@ -95,3 +96,19 @@ def shapes_of(model: Any, wanted: tuple[str, ...] = LINEARS) -> dict[str, tuple[
                 path = model.spec.names.linear(block.layer.index, part)[0].path
                 shapes[path] = (linear.kernel.shape.in_features, linear.kernel.shape.out_features)
     return shapes
+
+
+def check_rows_apart(model: Any, adapters: tuple[Any, Any], texts: tuple[list[int], list[int]], *, exact: bool) -> None:
+    """Sequences of one pass with adapters of their own, one of them with none, against each alone, however it is cut.
+    exact: to the bit."""
+    (one, two), (first, second) = adapters, texts
+    mixes = (mix_of([(one, 1.0)]), (), mix_of([(one, 0.5), (two, 1.0)]), mix_of([(one, 1.0)]))
+    sequences = [(first, 0, [4]), (second, 0, [1]), (first, 0, [0]), (second, 0, [3])]
+    together = Driven(model, mixes=mixes).forward(batch_of(sequences), new_cache(model))
+    parts = together.split([len(ids) for ids, _, _ in sequences])
+    for part, mix, (ids, _, _) in zip(parts, mixes, sequences, strict=True):
+        for cuts in ([], [1, 20]):
+            alone = run(Driven(model, mix), ids, cuts)
+            assert (part - alone).abs().max() <= (0.0 if exact else 1e-4 * alone.abs().max().item())
+    # The native pass of the model itself is untouched by all this.
+    assert (run(model, second, []) - parts[1]).abs().max() <= (0.0 if exact else 1e-4)

@@ -4,11 +4,11 @@ With kernels of the CPU bit by bit; the reference sums in torch's order, which m
 shape, so that it promises the same text only for the same passes.
 """
 
-import threading
 from collections.abc import Iterator
 
 import pytest
 from adapters import shapes_of, write_adapter
+from beside import others
 
 import exl_runtime as exl
 
@@ -69,21 +69,8 @@ def test_alone_in_a_batch_and_beside_others_that_come_and_go(exact, sampling) ->
     together = exact.generate(list(PROMPTS), max_tokens=LENGTH, sampling=sampling, speculate="off")
     assert [result.ids for result in together] == single
     fresh(exact)
-    stop = threading.Event()
-
-    def noise() -> None:
-        count = 0
-        while not stop.is_set():
-            count += 1
-            exact.generate(f"{count}. {STORY}", max_tokens=count % 7 + 1, sampling=DRAWN)
-
-    beside = threading.Thread(target=noise)
-    beside.start()
-    try:
+    with others(exact, STORY, DRAWN, most=7):
         found = [exact.generate(p, max_tokens=LENGTH, sampling=sampling, speculate="off").ids for p in PROMPTS]
-    finally:
-        stop.set()
-        beside.join()
     assert found == single
 
 

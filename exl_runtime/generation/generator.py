@@ -162,7 +162,7 @@ class Generator:
             accepted_tokens=totals.accepted_tokens,
             host_tokens=max(tiers.tokens_from("host") for tiers in self._below),
             disk_tokens=max(tiers.tokens_from("disk") for tiers in self._below),
-            evictions=sum(pool.table.evictions for pool in self.pools),
+            evictions=sum(table.evictions for table in tables),
             host_bytes=sum(tiers.host.nbytes for tiers in self._below),
         )
 

@@ -169,9 +169,7 @@ class Runner:
         model: Any = self.model
         if plan.mixes:
             self.halt()
-            if self._adapted is None:
-                self._adapted = Adapted(model)
-            logits = self._adapted.forward_plan(plan, self.kv)
+            logits = self._with_adapters.forward_plan(plan, self.kv)
         else:
             logits = model.forward_plan(plan, self.kv) if self._plans else model.forward(plan.on(model.device), self.kv)
         return logits if self._on_cpu else logits.cpu()

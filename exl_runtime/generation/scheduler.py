@@ -86,8 +86,8 @@ class Scheduler:
         dropper: Dropper | None = None,
     ) -> None:
         """`pools`: a page table stands for the only one. `roller` moves the windows of sequences that have a `roll`;
-        without one there must be none. `dropper` finds what is left of sequences that lost turns, in one pool without a
-        window; without one they are computed again."""
+        without one there must be none. `dropper` finds what is left of sequences that lost turns; without one they are
+        computed again."""
         self.pools = pools if isinstance(pools, Pools) else Pools.of(pools)
         self.roller = roller
         self._pager = Pager(self.pools, roller, dropper, new=PREFILL_TOKENS)

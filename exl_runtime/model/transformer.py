@@ -137,10 +137,9 @@ class Transformer:
 
     def with_parts(self, blocks: list[Block], head: Linear, embedding: Embedding) -> Self:
         """The same model with other blocks, another head and embedding; all else is shared."""
-        self.halt()
         other = copy(self)
         other.blocks, other.head, other.embedding = blocks, head, embedding
-        other.forget_step()
+        other.forget_step()  # which halts the pass of this one: until then it is the other's, too
         return other
 
     def _capped(self, logits: Tensor) -> Tensor:

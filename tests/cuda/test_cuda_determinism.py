@@ -5,11 +5,11 @@ new ones: single tokens and guesses always, whole prompts with step_tokens=16. L
 round otherwise; the same passes give the same bits there too.
 """
 
-import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+from beside import others
 
 import exl_runtime as exl
 from exl_runtime.ops.attention.choose import DECODE_ROWS
@@ -76,21 +76,8 @@ def test_in_a_batch(rt, alone, name) -> None:
 
 def test_beside_others_that_come_and_go(rt, alone) -> None:
     rt._engine().forget()
-    stop = threading.Event()
-
-    def noise() -> None:
-        count = 0
-        while not stop.is_set():
-            count += 1
-            rt.generate(f"{count}. Once upon", max_tokens=count % 3 + 1, sampling=DRAWN)
-
-    beside = threading.Thread(target=noise)
-    beside.start()
-    try:
+    with others(rt, "Once upon", DRAWN, most=3):
         found = [reply(told(rt, prompt, DRAWN)) for prompt in PROMPTS[:2]]
-    finally:
-        stop.set()
-        beside.join()
     assert found == [alone["drawn", prompt] for prompt in PROMPTS[:2]]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import Driven, linears_of, merged, write_adapter
+from adapters import Driven, check_rows_apart, linears_of, merged, write_adapter
 from driving import batch_of, new_cache, open_model, run
 from oracles import assert_as_good_as
 from quantize import quantize_folder
@@ -112,16 +112,7 @@ def test_the_head_and_half_precision_adapters(root, backend) -> None:
 def test_rows_of_one_pass_have_their_own_adapters(root, backend) -> None:
     model = open_model(write(by_name("llama"), root), backend)
     one, two = (load_adapter(adapter(root, "llama", seed), model) for seed in (1, 2))
-    mixes = (mix_of([(one, 1.0)]), (), mix_of([(one, 0.5), (two, 1.0)]), mix_of([(one, 1.0)]))
-    sequences = [(IDS, 0, [4]), (OTHER, 0, [1]), (IDS, 0, [0]), (OTHER, 0, [3])]
-    together = Driven(model, mixes=mixes).forward(batch_of(sequences), new_cache(model))
-    parts = together.split([len(ids) for ids, _, _ in sequences])
-    for part, mix, (ids, _, _) in zip(parts, mixes, sequences, strict=True):
-        for cuts in ([], [1, 20]):
-            alone = run(Driven(model, mix), ids, cuts)
-            assert (part - alone).abs().max() <= (0.0 if backend == "cpu" else 1e-4 * alone.abs().max().item())
-    # The native pass of the model itself is untouched by all this.
-    assert (run(model, OTHER, []) - parts[1]).abs().max() <= (0.0 if backend == "cpu" else 1e-4)
+    check_rows_apart(model, (one, two), (IDS, OTHER), exact=backend == "cpu")
 
 
 def test_the_same_bits_on_any_number_of_threads(root) -> None:
