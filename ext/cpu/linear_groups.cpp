@@ -12,10 +12,7 @@
 namespace exl {
 namespace {
 
-constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
-constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
-constexpr int64_t kFewRows = 16;            // up to here a tile passes by once
-constexpr int64_t kNear = 32;               // products that are looked at for the same input
+constexpr int64_t kNear = 32;  // products that are looked at for the same input
 
 // Where the quantized input of a product lies, and what of the work of all is its own.
 struct Part {
@@ -24,12 +21,6 @@ struct Part {
   int64_t first_row;   // among all rows to quantize
   int64_t first_tile;  // among the tiles of all products
 };
-
-QuantizedRows layout(const Packed& w, bool residual) {
-  const int64_t units = w.header->positions * (residual ? 2 : 1);
-  const int64_t bytes = units + w.header->spans * int64_t(sizeof(InputSpan));
-  return {nullptr, (bytes + kLine - 1) / kLine * kLine, units, residual};
-}
 
 bool same_input(const GroupProduct& a, const GroupProduct& b) {
   if (a.x != b.x || a.count != b.count || a.residual != b.residual) return false;
@@ -65,7 +56,7 @@ void linear_packed_groups(const GroupProduct* products, int64_t count) {
   int64_t tiles = 0, rows = 0, bytes = 0, room = 0, most = 0;
   for (int64_t i = 0; i < count; ++i) {
     const GroupProduct& p = products[i];
-    parts.push_back({layout(p.w, p.residual), i, rows, tiles});
+    parts.push_back({quantized_layout(p.w, p.residual), i, rows, tiles});
     Part& part = parts.back();
     for (int64_t j = i - 1; j >= 0 && j >= i - kNear && part.input_of == i; --j) {
       if (same_input(p, products[j])) part.input_of = parts[size_t(j)].input_of;

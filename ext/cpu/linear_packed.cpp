@@ -22,16 +22,18 @@ const PackedIsa& linear_packed_isa() {
   return linear_packed_portable();
 }
 
+QuantizedRows quantized_layout(const Packed& w, bool residual) {
+  const int64_t units = w.header->positions * (residual ? 2 : 1);
+  const int64_t bytes = units + w.header->spans * int64_t(sizeof(InputSpan));
+  return {nullptr, (bytes + kLine - 1) / kLine * kLine, units, residual};
+}
+
 namespace {
 
-constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
-constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
 constexpr int64_t kRowsAtOnce = 512;        // quantized at a time
 // Few rows: how many pieces a thread's share has, whose last ones others may take. More would even out more, but every
 // panel of a piece is a stream that memory takes some 0.6 us to start (LOG.md).
 constexpr int64_t kPieces = 4;
-
-int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 // A product and where its quantized input lies.
 struct Task {
@@ -39,12 +41,6 @@ struct Task {
   QuantizedRows input;
   int64_t first_tile;  // among the tiles of all products
 };
-
-// The layout of the input of `w`, without its place.
-QuantizedRows layout(const Packed& w, bool residual) {
-  const int64_t units = w.header->positions * (residual ? 2 : 1);
-  return {nullptr, lines(units + w.header->spans * int64_t(sizeof(InputSpan))), units, residual};
-}
 
 // Rows [0, rows) of tiles [begin, end) of one product.
 void multiply_tiles(const PackedIsa& kernels, const Task& task, int64_t begin, int64_t end, int64_t rows, float* y) {
@@ -66,7 +62,7 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
   int64_t tiles = 0, room = 0, bytes = 0;
   for (int i = 0; i < count; ++i) {
     const Packed& w = products[i].w;
-    tasks[i] = {products[i], layout(w, residual), tiles};
+    tasks[i] = {products[i], quantized_layout(w, residual), tiles};
     tiles += w.tiles();
     bytes += w.header->bytes - w.header->tiles_at;
     room += most_rows * tasks[i].input.stride;
@@ -110,7 +106,7 @@ void linear_packed_cpu(const Product* products, int count, const float* x, int64
         if (begin < end) multiply_tiles(kernels, task, begin, end, here, y);
       }
     };
-    if (here > 16) {
+    if (here > kFewRows) {
       parallel_chunks(tiles, chunk, multiply);
     } else {
       // Rounded up no further than needed, so that matrices of one size are cut where they meet.

@@ -1,4 +1,5 @@
-// What linear_packed.cpp asks of an instruction set: one table per linear_packed_<isa>.cpp. No threads here.
+// What the drivers, linear_packed.cpp and linear_groups.cpp, ask of an instruction set: one table per
+// linear_packed_<isa>.cpp. No threads here.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,14 @@ struct QuantizedRows {
   int64_t spans_at;
   bool residual;
 };
+
+// The layout of the input of `w`, without its place.
+QuantizedRows quantized_layout(const Packed& w, bool residual);
+
+// How drivers cut the work.
+constexpr int64_t kChunkBytes = 192 << 10;  // of tiles that many rows pass by: part of a second-level cache
+constexpr int64_t kGrainBytes = 64 << 10;   // of one thread below which a region costs more than it saves
+constexpr int64_t kFewRows = 16;            // up to here a tile passes by once
 
 struct PackedIsa {
   // One row of x.

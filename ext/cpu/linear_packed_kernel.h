@@ -201,8 +201,6 @@ MultiplyTile tile_of(int64_t rows) {
   return &multiply_tile<typename I::template For<most>, most, residual>;
 }
 
-constexpr int64_t kFewRows = 16;
-
 template <class I, bool residual>
 void multiply_tiles(const Packed& w, int64_t panel, int64_t begin, int64_t end, const QuantizedRows& x, int64_t rows,
                     float* y) {
